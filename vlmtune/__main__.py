@@ -1,0 +1,5 @@
+"""`python -m vlmtune` is `vlmtune`."""
+
+from vlmtune.cli import main
+
+main()

@@ -1,0 +1,145 @@
+"""From a config to the parts: the only place that unpacks it. Components take plain arguments."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vlmtune.adapt.plan import Policy
+from vlmtune.config import Config, Rule, Source
+from vlmtune.data.encode import Encoder
+from vlmtune.data.grounding import coordinates
+from vlmtune.data.loader import Steps, load_steps
+from vlmtune.data.mixture import Mixture
+from vlmtune.data.sources import FileSource, SampleSource, SceneSource
+from vlmtune.models.anatomy import anatomy_of
+from vlmtune.models.embedded import weights_folder, write_embedded, write_untrained
+from vlmtune.models.load import load_model, load_processor
+from vlmtune.schedule import Length, cosine_with_warmup, piecewise
+from vlmtune.trainer import Settings
+from vlmtune.types import VlmtuneError
+
+EMBEDDED, EMBEDDED_UNTRAINED = "embedded", "embedded_untrained"
+
+# what may change between a run and its resume without changing a bit of the training
+NOT_FINGERPRINTED = (
+    ("run",), ("data", "workers"), ("data", "eval"), ("train", "threads"), ("train", "log_every"), ("checkpoint", "keep"),
+    ("evaluate", "gallery"), ("evaluate", "batch_size"),
+)  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Where assembled model folders are kept: $VLMTUNE_CACHE, else ~/.cache/vlmtune."""
+    return Path(os.environ.get("VLMTUNE_CACHE", Path.home() / ".cache" / "vlmtune"))
+
+
+def resolve_model(name: str) -> str:
+    """A model name as the user wrote it -> a folder or hub name that plain `from_pretrained` loads."""
+    if name == EMBEDDED:
+        stamp = (weights_folder() / "projector_and_language.safetensors").stat() if weights_folder().exists() else None
+        tag = f"{stamp.st_size:x}-{int(stamp.st_mtime):x}" if stamp else "absent"
+        return str(write_embedded(cache_folder() / f"embedded-{tag}"))
+    if name == EMBEDDED_UNTRAINED:
+        from vlmtune.data.export_scenes import text_corpus
+
+        folder = Path(tempfile.mkdtemp(prefix="vlmtune-untrained-"))
+        return str(write_untrained(folder, text_corpus(), coordinates("bins").tokens()))
+    return name
+
+
+def build_encoder(model_path: str, model: torch.nn.Module, config: Config) -> Encoder:
+    wish = config.data.coordinates
+    convention = anatomy_of(model).coordinates if wish == "auto" else wish
+    return Encoder(load_processor(model_path), coordinates(convention), config.data.max_length)
+
+
+def build_source(source: Source) -> SampleSource:
+    if source.scenes is not None:
+        return SceneSource(source.scenes, source.task, source.split, source.limit)
+    root = Path(source.image_root) if source.image_root else None
+    if root is not None and not root.is_dir():
+        raise VlmtuneError(f"image_root {root} of {source.path} does not exist.")
+    return FileSource(Path(source.path), root, source.task, source.limit)
+
+
+def build_eval_groups(config: Config) -> dict[str, list[SampleSource]]:
+    groups = {name: [build_source(source) for source in sources] for name, sources in config.data.eval.items()}
+    for name, sources in groups.items():
+        for source in sources:
+            if source.size is None:
+                raise VlmtuneError(f"data.eval.{name}: {source.name} has no end; give it a limit.")
+    return groups
+
+
+def total_steps(config: Config, sizes: Sequence[int | None]) -> int:
+    epoch = None if any(size is None for size in sizes) else sum(sizes)
+    return max(1, Length.parse(config.train.length).steps(config.train.batch_size, epoch))
+
+
+def build_settings(config: Config, sizes: Sequence[int | None], precision: str) -> Settings:
+    steps = total_steps(config, sizes)
+    batch = config.train.batch_size
+    epoch = None if any(size is None for size in sizes) else sum(sizes)
+    warmup = Length.parse(config.optim.warmup).steps(batch, epoch, steps)
+    if warmup >= steps:
+        raise VlmtuneError(f"optim.warmup is {warmup} steps, but the run has only {steps}; shorten it.")
+    every = config.evaluate.every
+    return Settings(
+        total_steps=steps,
+        schedule=lambda step: cosine_with_warmup(step, steps, warmup, config.optim.floor),
+        clip=config.optim.clip,
+        precision=precision,
+        log_every=config.train.log_every,
+        checkpoint_every=max(1, Length.parse(config.checkpoint.every).steps(batch, epoch, steps)),
+        keep=config.checkpoint.keep,
+        eval_every=None if every is None else max(1, Length.parse(every).steps(batch, epoch, steps)),
+        best=config.checkpoint.best,
+        best_is=config.checkpoint.best_is,
+    )
+
+
+def build_steps(config: Config, sources: list[SampleSource], encoder: Encoder, steps: int) -> Steps:
+    weights = [piecewise(source.weight) for source in config.data.train]
+    mixture = Mixture([s.size for s in sources], weights, steps * config.train.batch_size, config.train.seed)
+    return Steps(sources, mixture, encoder, config.train.batch_size, config.train.micro_batch_size)
+
+
+def step_loader(steps: Steps, workers: int):
+    return lambda start, stop: load_steps(steps, start, stop, workers)
+
+
+def policies(config: Config) -> list[tuple[str, Policy]]:
+    return [(rule.match, _policy(rule, config)) for rule in config.plan]
+
+
+def _policy(rule: Rule, config: Config) -> Policy:
+    rank = rule.rank or 16
+    return Policy(
+        train=rule.train,
+        lr=rule.lr or config.optim.lr,
+        weight_decay=config.optim.weight_decay if rule.weight_decay is None else rule.weight_decay,
+        rank=rank,
+        alpha=rule.alpha or 2.0 * rank,
+        dropout=rule.dropout or 0.0,
+    )
+
+
+def fingerprint_tree(config: Config) -> dict:
+    """The config without what may change between a run and its resume."""
+    tree = config.model_dump(mode="json")
+    for *parents, leaf in NOT_FINGERPRINTED:
+        node = tree
+        for step in parents:
+            node = node[step]
+        node.pop(leaf)
+    return tree
+
+
+__all__ = [
+    "build_encoder", "build_eval_groups", "build_settings", "build_source", "build_steps", "cache_folder",
+    "fingerprint_tree", "load_model", "policies", "resolve_model", "step_loader", "total_steps",
+]  # fmt: skip

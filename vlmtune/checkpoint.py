@@ -1,0 +1,195 @@
+"""A checkpoint is one folder: what differs from the base, and everything an exact resume needs (SPEC D8).
+
+    step_000100/
+      trained.safetensors     fully trained parameters (canonical names) and buffers of trained modules
+      adapter/                LoRA in peft's own format (absent without LoRA)
+      optimizer.safetensors   AdamW state by parameter name
+      state.json              step, samples seen, RNG, config fingerprint, versions, metrics
+Files are written to a temporary sibling, synced and renamed: a folder with a final name is complete. No pickle.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+from vlmtune.adapt.library import load_adapter, save_adapter
+from vlmtune.adapt.plan import Plan, load_trained, trained_state
+from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
+from vlmtune.types import VlmtuneError
+
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. `samples` is the data position: the order is a pure function of it."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def save_checkpoint(
+    folder: Path, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, state: TrainState, fingerprint: str
+) -> None:
+    """Write `folder` atomically. An existing folder of that name is replaced."""
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    full, adapter = trained_state(model, plan)
+    save_file({k: v.contiguous() for k, v in full.items()}, draft / "trained.safetensors", metadata={"format": "pt"})
+    if plan.lora is not None:
+        save_adapter(adapter, plan.lora, draft / "adapter")
+    save_file(optimizer_tensors(optimizer), draft / "optimizer.safetensors", metadata={"format": "pt"})
+    described = {"format": FORMAT, "config": fingerprint, "state": state.__dict__, "rng": rng_state()}
+    described["files"] = {str(p.relative_to(draft)): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
+    (draft / "state.json").write_text(json.dumps(described, indent=1))
+    for path in [p for p in draft.rglob("*") if p.is_file()] + [draft]:
+        _sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+    _sync(folder.parent)
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint. Raises VlmtuneError if it is absent or not whole."""
+    path = folder / "state.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise VlmtuneError(f"{folder} is not a checkpoint: {path.name} is missing.") from error
+    except ValueError as error:
+        raise VlmtuneError(f"{path} is damaged ({error}); use another checkpoint.") from error
+
+
+def load_weights(folder: Path, model: torch.nn.Module, plan: Plan) -> dict:
+    """Put a checkpoint's weights into a model to which its plan was applied; returns state.json."""
+    described = read_state(folder)
+    _verify(folder, described)
+    load_trained(model, plan, _tensors(folder / "trained.safetensors"), str(folder))
+    if (plan.lora is not None) != (folder / "adapter").is_dir():
+        raise VlmtuneError(f"{folder}: the plan and the checkpoint disagree about having an adapter.")
+    if plan.lora is not None:
+        load_adapter(model, folder / "adapter")
+    return described
+
+
+def load_checkpoint(
+    folder: Path, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, fingerprint: str
+) -> TrainState:
+    """Everything for an exact resume. Raises VlmtuneError for damage and for a checkpoint of another config."""
+    described = read_state(folder)
+    if described["config"] != fingerprint:
+        raise VlmtuneError(
+            f"{folder} belongs to another config; resume with the config of that run, or choose another run folder."
+        )
+    load_weights(folder, model, plan)
+    load_optimizer_tensors(optimizer, _tensors(folder / "optimizer.safetensors"))
+    restore_rng(described["rng"])
+    return TrainState(**described["state"])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete periodic checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file())
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` a relative symbolic link to a sibling, atomically."""
+    draft = link.with_name(f".{link.name}.tmp")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(target.name)
+    os.replace(draft, link)
+
+
+def config_fingerprint(tree: dict) -> str:
+    """sha256 of what determines the training; see `trainer` for what is left out."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def rng_state() -> dict:
+    """State of Python's, NumPy's and torch's generators as JSON values."""
+    version, internal, gauss = random.getstate()
+    numpy_state = np.random.get_state()
+    described = {
+        "python": [version, list(internal), gauss],
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "torch": _encode_bytes(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        described["cuda"] = [_encode_bytes(state) for state in torch.cuda.get_rng_state_all()]
+    return described
+
+
+def restore_rng(described: dict) -> None:
+    version, internal, gauss = described["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = described["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_decode_bytes(described["torch"]))
+    if "cuda" in described and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([_decode_bytes(state) for state in described["cuda"]])
+
+
+def _encode_bytes(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode_bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise VlmtuneError(f"{path} is missing or damaged ({error}); use another checkpoint.") from error
+
+
+def _verify(folder: Path, described: dict) -> None:
+    for name, digest in described["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise VlmtuneError(f"{path} is missing; use another checkpoint.")
+        if _digest(path) != digest:
+            raise VlmtuneError(f"{path} is damaged (its checksum differs); use another checkpoint.")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

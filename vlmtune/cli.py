@@ -1,0 +1,132 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vlmtune.types import VlmtuneError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Supervised fine-tuning of vision-language models that shows its evidence.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a .yaml file or the name of a shipped recipe")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. optim.lr=1e-4 plan.2.rank=8")]
+
+
+@app.command()
+def train(
+    config: ConfigName,
+    overrides: Overrides = None,
+    restart: Annotated[bool, typer.Option("--restart", help="delete the run folder first instead of continuing")] = False,
+) -> None:
+    """Train, or continue a run that was interrupted."""
+    from vlmtune.config import load_config
+    from vlmtune.run import train as run
+
+    run(load_config(config, overrides or []), console, restart)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    checkpoint: Annotated[str, typer.Option(help="latest, best, base, or a name like step_000100")] = "latest",
+    output: Annotated[Path | None, typer.Option(help="also write the metrics as JSON here")] = None,
+) -> None:
+    """Loss and task metrics of a checkpoint on the run's held-out groups."""
+    from vlmtune.use import evaluate_run
+
+    metrics = evaluate_run(run, checkpoint, console)
+    if output is not None:
+        output.write_text(json.dumps(metrics, indent=1))
+
+
+@app.command()
+def predict(
+    image: Annotated[Path, typer.Argument(help="an image file")],
+    prompt: Annotated[str, typer.Argument(help="what to ask")],
+    model: Annotated[str, typer.Option(help="model folder, hub name, run folder, or embedded")] = "embedded",
+    checkpoint: Annotated[str, typer.Option(help="for a run folder: latest, best, step_…")] = "latest",
+    region: Annotated[str | None, typer.Option(help="x1,y1,x2,y2 in pixels: what [region] in the prompt refers to")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """The reply to one question about one image, with boxes read back to pixels."""
+    from vlmtune.use import predict as run
+
+    reply, boxes = run(image, prompt, model, checkpoint, region, max_new_tokens)
+    console.print(reply, markup=False, highlight=False)
+    for box in boxes:
+        console.print("box in pixels: " + ", ".join(f"{v:.1f}" for v in box), highlight=False)
+
+
+@app.command()
+def inspect(
+    config: ConfigName,
+    overrides: Overrides = None,
+    sample: Annotated[str | None, typer.Option(help="id of a sample (default: the first of the run)")] = None,
+    html: Annotated[Path, typer.Option(help="where the page goes")] = Path("inspect.html"),
+) -> None:
+    """What the model sees: tokens by kind and loss, the resized image with its boxes."""
+    from vlmtune.config import load_config
+    from vlmtune.use import inspect_sample
+
+    page = inspect_sample(load_config(config, overrides or []), sample, html, console)
+    console.print(f"page: {page}", highlight=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    folder: Annotated[Path, typer.Argument(help="where the merged model goes")],
+    checkpoint: Annotated[str, typer.Option(help="latest, best or step_…")] = "best",
+) -> None:
+    """Merge a run's checkpoint into a folder that loads with plain `from_pretrained`, and prove it."""
+    from vlmtune.use import export_run
+
+    export_run(run, checkpoint, folder, console)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of the configuration."""
+    from vlmtune.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def recipes() -> None:
+    """Names of the recipes that ship."""
+    from vlmtune.config import recipe_names
+
+    for name in recipe_names():
+        print(name)
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
+    try:
+        app()
+    except VlmtuneError as error:
+        errors.print(f"[bold red]error:[/] ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command continues from the last checkpoint")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The configuration: small strict models, every complaint at once, the same objects as the Python API.
+
+A file is YAML; `key=value` on the command line overrides one leaf (`optim.lr=1e-4`, `plan.2.rank=8`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlmtune.types import VlmtuneError
+
+Task = Literal["caption", "vqa", "ocr", "grounding", "referring"]
+ScheduleValue = float | list[tuple[float, float]]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class Source(Strict):
+    """One stream of samples: a file of conversations (`path`) or the scenes that ship with vlmtune (`scenes`)."""
+
+    path: str | None = Field(None, description="JSONL (OpenAI messages) or JSON (LLaVA / ShareGPT) file")
+    image_root: str | None = Field(None, description="folder that relative image paths start from (default: the file's)")
+    scenes: Literal["base", "new", "all"] | None = Field(None, description="endless generated scenes: concept group")
+    task: str | None = Field(None, description="task name: which scenes to draw, or the name for rows without one")
+    weight: ScheduleValue = Field(1.0, description="share of the mixture; [[progress, weight], …] moves it")
+    limit: int | None = Field(None, ge=1, description="use only the first N rows (of scenes: draw only N)")
+    split: Literal["train", "val"] = Field("train", description="which scenes (not for files)")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Source:
+        if (self.path is None) == (self.scenes is None):
+            raise ValueError("give either path or scenes")
+        if self.scenes is not None and self.task not in get_args(Task):
+            raise ValueError(f"scenes need a task, one of {', '.join(get_args(Task))}")
+        if self.scenes is None and self.split != "train":
+            raise ValueError("split belongs to scenes; a file is its own split")
+        if self.scenes is not None and self.image_root is not None:
+            raise ValueError("image_root belongs to files; scenes draw their images")
+        return self
+
+
+class Data(Strict):
+    train: list[Source] = Field(min_length=1)
+    eval: dict[str, list[Source]] = Field(default_factory=dict, description="held-out groups by name")
+    max_length: int | None = Field(2048, ge=8, description="tokens per sample, images included")
+    coordinates: str = Field("auto", description="how boxes are written: auto, norm1000, pixels, bins")
+    workers: int = Field(1, ge=0, description="processes that decode and encode ahead")
+
+
+class Rule(Strict):
+    """What happens to the parameters whose canonical name the pattern covers."""
+
+    match: str
+    train: Literal["frozen", "full", "lora"]
+    lr: float | None = Field(None, gt=0, description="learning rate (default: optim.lr)")
+    weight_decay: float | None = Field(None, ge=0, description="(default: optim.weight_decay)")
+    rank: int | None = Field(None, ge=1, description="LoRA rank (default 16)")
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha (default: 2 x rank)")
+    dropout: float | None = Field(None, ge=0, lt=1, description="LoRA dropout (default 0)")
+
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> Rule:
+        given = {name for name in ("rank", "alpha", "dropout") if getattr(self, name) is not None}
+        if self.train != "lora" and given:
+            raise ValueError(f"{', '.join(sorted(given))} only mean something with train: lora")
+        if self.train == "frozen" and (self.lr is not None or self.weight_decay is not None):
+            raise ValueError("lr and weight_decay mean nothing on frozen parameters")
+        return self
+
+
+class Optim(Strict):
+    lr: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="never applied to LoRA, norms and biases")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip: float = Field(1.0, gt=0, description="global gradient norm")
+    warmup: str | float = Field("3%", description="length: steps, epochs, samples or %")
+    floor: float = Field(0.1, ge=0, le=1, description="the cosine ends at floor x lr")
+
+
+class Train(Strict):
+    length: str | float = Field("1 epochs", description="steps, epochs or samples")
+    batch_size: int = Field(16, ge=1, description="samples per optimizer step")
+    micro_batch_size: int = Field(8, ge=1, description="samples per forward")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    seed: int = 0
+    threads: int | None = Field(None, ge=1, description="CPU threads for the model")
+    gradient_checkpointing: bool = False
+    log_every: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Train:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+class Checkpoint(Strict):
+    every: str | float = Field("500 steps", description="steps, epochs or samples")
+    keep: int = Field(2, ge=1, description="newest periodic checkpoints kept, besides best and latest")
+    best: str = Field("loss", description='"loss", or a metric "group/task/metric"')
+    best_is: Literal["lowest", "highest"] = "lowest"
+
+
+class Evaluate(Strict):
+    every: str | float | None = Field(None, description="steps, epochs or samples (default: only before and after)")
+    generate: bool = Field(True, description="generate replies and score them, besides the loss")
+    limit: int | None = Field(None, ge=1, description="samples per source during training (before and after: all)")
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    gallery: int = Field(24, ge=0, description="held-out samples shown with pictures on the run page")
+
+
+class Config(Strict):
+    model: str = Field(description='folder, hub name, "embedded", or "embedded_untrained"')
+    data: Data
+    plan: list[Rule] = Field(min_length=1, description="ordered rules over canonical parameter names; first match wins")
+    optim: Optim = Optim()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    run: str = Field("runs/run", description="run folder")
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("vlmtune.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file or a shipped recipe by name and apply `key=value` overrides.
+
+    Raises VlmtuneError listing every complaint at once.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise VlmtuneError(f"config {name} does not exist; recipes that ship: {', '.join(recipe_names())}.")
+        text, where = path.read_text(), name
+    elif name in recipe_names():
+        text, where = (resources.files("vlmtune.recipes") / f"{name}.yaml").read_text(), f"recipe {name}"
+    else:
+        near = difflib.get_close_matches(name, recipe_names(), 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise VlmtuneError(f"{name!r} is neither a .yaml file nor a recipe ({', '.join(recipe_names())}).{hint}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise VlmtuneError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise VlmtuneError(f"{where}: a config is a mapping with the keys {', '.join(Config.model_fields)}.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, where)
+
+
+def parse_config(tree: dict, where: str = "config") -> Config:
+    """Validate a tree. Raises VlmtuneError naming every wrong key and value."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise VlmtuneError(f"{where}: " + "; ".join(_complaint(e) for e in error.errors()) + ".") from error
+
+
+def _complaint(error: Any) -> str:
+    place = ".".join(str(step) for step in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
+        return f"unknown key {place}" + (f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})")
+    if error["type"] == "missing":
+        return f"{place} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place or 'config'}: {message[0].lower() + message[1:]}" + (
+        f" (got {error['input']!r})" if isinstance(error["input"], (str, int, float)) else ""
+    )
+
+
+def _fields_at(location: tuple) -> list[str]:
+    """Field names of the model at a place in the tree."""
+    places: dict[tuple, type[BaseModel]] = {
+        (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
+        ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
+    }  # fmt: skip
+    names = tuple(step for step in location if isinstance(step, str))
+    model = places.get(names) or places.get(names[:2]) or Config
+    return list(model.model_fields)
+
+
+def _apply_override(tree: Any, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise VlmtuneError(f"override {override!r}: write key=value, for example optim.lr=1e-4.")
+    *parents, leaf = key.split(".")
+    node = tree
+    for step in parents:
+        if isinstance(node, list):
+            node = _list_item(node, step, override)
+        else:
+            node = node.setdefault(step, {})
+        if not isinstance(node, (dict, list)):
+            raise VlmtuneError(f"override {override!r}: {step} is a value, not a section.")
+    if isinstance(node, list):
+        _list_item(node, leaf, override)
+        node[int(leaf)] = _parse_value(value)
+    else:
+        node[leaf] = _parse_value(value)
+
+
+def _parse_value(text: str) -> Any:
+    value = yaml.safe_load(text) if text else ""
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _list_item(node: list, step: str, override: str) -> Any:
+    if not step.isdigit() or int(step) >= len(node):
+        raise VlmtuneError(f"override {override!r}: {step!r} is not an index below {len(node)}.")
+    return node[int(step)]
+
+
+def dump_config(config: Config) -> str:
+    """YAML with every value resolved; `load_config` of it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

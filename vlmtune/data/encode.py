@@ -1,0 +1,428 @@
+"""From one `Sample` to token ids, kinds and pixels, through the model's own processor and chat template.
+
+The chat template writes the text around the parts; the parts themselves are held apart by sentinels, so the span of
+every part is known and nothing is searched in what a user typed (SPEC A1-A3, B2):
+
+1. images go through the image processor first: sizes and placeholder expansions are known before any text is written;
+2. the template renders the conversation with each part wrapped in Unicode noncharacters;
+3. the rendering is cut at those characters into pieces (text, kind, turn); template text between them is SPECIAL;
+4. pieces are cut into runs at real control tokens (only template text, expanded images and rendered boxes can hold
+   any) and at the start of each reply, where generation starts as well; each run is tokenised on its own.
+
+For ordinary text the ids equal those of `AutoProcessor.apply_chat_template` on the same messages. Text that looks like
+a control token is tokenised as the characters it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmtune.data.grounding import Coordinates
+from vlmtune.data.images import load_image
+from vlmtune.types import Boxes, Encoded, ImageGeometry, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
+SENTINEL = re.compile(f"{OPEN}(\\d*){CLOSE}")
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the rendered text. `control`: may contain real control tokens. `opens`: a reply starts here."""
+
+    text: str
+    kind: Kind
+    turn: int = -1
+    control: bool = False
+    opens: bool = False
+
+
+@dataclass(frozen=True)
+class ProcessedImages:
+    """pixels: the processor's tensors; expansions: the text each placeholder becomes; geometry: one per image."""
+
+    pixels: dict[str, Tensor]
+    expansions: list[str]
+    geometry: list[ImageGeometry]
+
+
+class Encoder:
+    """Encodes samples for one model.
+
+    processor: any `ProcessorMixin` with a tokenizers-backed tokenizer and a chat template; coordinates: how this model
+    writes boxes; max_length: tokens, image placeholders included (None = no limit).
+    """
+
+    def __init__(self, processor, coordinates: Coordinates, max_length: int | None = None):
+        if getattr(processor, "chat_template", None) is None:
+            raise VlmtuneError("The processor has no chat template: add chat_template.jinja to the model folder.")
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.coordinates = coordinates
+        self.max_length = max_length
+        self.image_token_ids = {int(i) for i in processor.image_token_ids if i is not None}
+        self._control_tokens = _control_tokens(self.tokenizer, processor.chat_template, coordinates.tokens())
+        self._control_re = re.compile("|".join(map(re.escape, sorted(self._control_tokens, key=len, reverse=True))))
+        self._prefix_ids = _automatic_prefix(self.tokenizer)
+        self._trims = {role: self._template_trims(role) for role in ROLES}
+        self._lead = self._reply_lead()
+        text_only = processor(text=["a"], return_tensors="pt")
+        self._extra_names = [n for n in ("token_type_ids", "mm_token_type_ids") if n in text_only]
+
+    # ---- public -------------------------------------------------------------------------------------------------
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def encode(self, sample: Sample) -> Encoded:
+        """The whole conversation. Raises VlmtuneError (naming the sample) for anything that cannot be encoded."""
+        if not any(turn.role == "assistant" and turn.train and _has_content(turn) for turn in sample.turns):
+            raise VlmtuneError(f"{_where(sample)}: no assistant reply to learn from; add one or remove the row.")
+        encoded = self._encode(sample, sample.turns, add_generation_prompt=False)
+        if self.max_length is not None and len(encoded) > self.max_length:
+            raise VlmtuneError(
+                f"{_where(sample)}: {len(encoded)} tokens (images included) exceed max_length {self.max_length}; "
+                "raise data.max_length or shorten the sample."
+            )
+        return encoded
+
+    def encode_prompt(self, sample: Sample) -> Encoded:
+        """The conversation up to the last reply, ending in the generation prompt: what the model sees at inference."""
+        turns = list(sample.turns)
+        while turns and turns[-1].role == "assistant":
+            turns.pop()
+        return self._encode(sample, tuple(turns), add_generation_prompt=True)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of a generated reply: up to the end-of-turn token, coordinates kept."""
+        ids = [int(i) for i in ids]
+        stops = self.stop_token_ids()
+        end = next((n for n, i in enumerate(ids) if i in stops), len(ids))
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
+
+    def stop_token_ids(self) -> set[int]:
+        """Ids that end a reply: the tokenizer's eos and the token the template writes after a reply."""
+        probe = (Turn("user", (Text("a"),)), Turn("assistant", (Text("b"),)))
+        encoded = self._encode(Sample("probe", probe), probe, add_generation_prompt=False)
+        last = encoded.ids[encoded.kinds == Kind.RESPONSE][-1]
+        return {int(last), int(self.tokenizer.eos_token_id), self.pad_token_id}
+
+    # ---- images -------------------------------------------------------------------------------------------------
+
+    def process_images(self, images: Sequence[Image.Image]) -> ProcessedImages:
+        """Run the image processor on all images of one sample."""
+        if not images:
+            return ProcessedImages({}, [], [])
+        placeholder = self.processor.image_token
+        out = self.processor(
+            text=[placeholder * len(images)],
+            images=[list(images)],
+            return_text_replacement_offsets=True,
+            return_tensors="pt",
+        )
+        expansions = [entry["replacement"] for entry in out["text_replacement_offsets"][0]]
+        skip = {"input_ids", "attention_mask", "text_replacement_offsets", *self._extra_names}
+        pixels = {name: value for name, value in out.items() if isinstance(value, Tensor) and name not in skip}
+        sizes = _resized_sizes(pixels, len(images), getattr(self.processor.image_processor, "patch_size", None))
+        geometry = [ImageGeometry(im.width, im.height, w, h) for im, (w, h) in zip(images, sizes, strict=True)]
+        return ProcessedImages(pixels, expansions, geometry)
+
+    # ---- text ---------------------------------------------------------------------------------------------------
+
+    def _encode(self, sample: Sample, turns: tuple[Turn, ...], add_generation_prompt: bool) -> Encoded:
+        references = [part for turn in turns for part in turn.parts if isinstance(part, ImageRef)]
+        images = self.process_images([load_image(ref.source, _where(sample)) for ref in references])
+        pieces = self._pieces(sample, turns, images, add_generation_prompt)
+        ids, kinds, turn_of = self._tokenise(pieces)
+        bos = self.tokenizer.bos_token
+        if self._prefix_ids and not (bos and pieces and pieces[0].text.startswith(bos)):
+            ids, kinds, turn_of = (
+                [*self._prefix_ids, *ids],
+                [int(Kind.SPECIAL)] * len(self._prefix_ids) + kinds,
+                [-1] * len(self._prefix_ids) + turn_of,
+            )
+        extras = {}
+        if self._extra_names:
+            types = torch.as_tensor(np.asarray(self.processor.create_mm_token_type_ids([ids])))[0].long()
+            extras = {name: types for name in self._extra_names}
+        return Encoded(
+            id=sample.id,
+            task=sample.task,
+            ids=torch.tensor(ids, dtype=torch.int64),
+            kinds=torch.tensor(kinds, dtype=torch.int8),
+            turn=torch.tensor(turn_of, dtype=torch.int16),
+            pixels=images.pixels,
+            token_extras=extras,
+            geometry=images.geometry,
+            origin=sample.origin,
+        )
+
+    def _pieces(self, sample: Sample, turns: tuple[Turn, ...], images: ProcessedImages, prompt: bool) -> list[Piece]:
+        """Render the template around the parts and cut the rendering into pieces."""
+        parts: list[Piece] = []
+        messages = []
+        for index, turn in enumerate(turns):
+            content = []
+            for part in turn.parts:
+                if isinstance(part, ImageRef):
+                    content.append({"type": "image"})
+                    continue
+                piece = self._part_piece(sample, turn, index, part, images)
+                content.append({"type": "text", "text": f"{OPEN}{len(parts)}{CLOSE}{piece.text}{OPEN}{CLOSE}"})
+                parts.append(piece)
+            messages.append({"role": turn.role, "content": _strip_ends(content, parts, self._trims[turn.role])})
+        rendered = self._render(messages, prompt, sample)
+        self._check_rewrite(rendered, messages, prompt, sample)
+        return self._cut(rendered, parts, images, sample, turns)
+
+    def _part_piece(self, sample: Sample, turn: Turn, index: int, part, images: ProcessedImages) -> Piece:
+        reply = turn.role == "assistant"
+        plain = Kind.INSTRUCTION if not reply else Kind.RESPONSE if turn.train else Kind.UNTRAINED
+        if isinstance(part, Text):
+            if OPEN in part.text or CLOSE in part.text:
+                raise VlmtuneError(f"{_where(sample)}: text holds the noncharacters U+FDD0/U+FDD1, which Unicode reserves; remove them.")
+            return Piece(part.text, plain, index)
+        if isinstance(part, Boxes):
+            if part.image >= len(images.geometry):
+                raise VlmtuneError(
+                    f"{_where(sample)}: a box refers to image {part.image}, but the sample has {len(images.geometry)}."
+                )
+            text = self.coordinates.render(part.boxes, images.geometry[part.image], part.region)
+            return Piece(text, Kind.BOX if plain == Kind.RESPONSE else plain, index, control=True)
+        raise VlmtuneError(f"{_where(sample)}: unknown content part {type(part).__name__}.")
+
+    def _render(self, messages: list[dict], prompt: bool, sample: Sample | None) -> str:
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # jinja's raise_exception has no class of its own
+            raise VlmtuneError(
+                f"{_where(sample) if sample else 'probe'}: the model's chat template refuses this conversation: {error}"
+            ) from error
+
+    def _check_rewrite(self, rendered: str, messages: list[dict], prompt: bool, sample: Sample) -> None:
+        """The template must have written every part as it was given: otherwise spans and ids would drift apart."""
+        plain = [
+            {
+                "role": m["role"],
+                "content": [p if p["type"] == "image" else p | {"text": SENTINEL.sub("", p["text"])} for p in m["content"]],
+            }
+            for m in messages
+        ]
+        if SENTINEL.sub("", rendered) != self._render(plain, prompt, sample):
+            raise VlmtuneError(
+                f"{_where(sample)}: the chat template rewrites message text (a trim or a cut that vlmtune does not "
+                "know); the span of the reply would be wrong. Use a template that writes content as it is."
+            )
+
+    def _cut(self, rendered: str, parts: list[Piece], images: ProcessedImages, sample: Sample, turns) -> list[Piece]:
+        pieces: list[Piece] = []
+        expansions = iter(images.expansions)
+        used = 0
+        position = 0
+        seen: set[int] = set()
+        opened: set[int] = set()
+        inside: int | None = None
+        for match in [*SENTINEL.finditer(rendered), None]:
+            text = rendered[position : match.start()] if match else rendered[position:]
+            if inside is None:
+                literals = _split_placeholders(text, self.processor.image_token)
+                for literal, is_image in literals:
+                    if is_image:
+                        expansion = next(expansions, None)
+                        used += 1
+                        if expansion is not None:
+                            pieces.append(Piece(expansion, Kind.IMAGE, control=True))
+                    elif literal:
+                        pieces.append(Piece(literal, Kind.SPECIAL, control=True))
+            else:
+                part = parts[inside]
+                first = turns[part.turn].role == "assistant" and part.turn not in opened
+                opened.add(part.turn)
+                if first and self._lead and pieces and pieces[-1].text.endswith(self._lead):
+                    pieces[-1] = replace(pieces[-1], text=pieces[-1].text.removesuffix(self._lead))
+                    pieces.append(Piece(self._lead, part.kind, part.turn, opens=True))
+                    first = False
+                pieces.append(Piece(part.text, part.kind, part.turn, part.control, opens=first))
+            if match:
+                inside = int(match.group(1)) if match.group(1) else None
+                if inside is not None:
+                    seen.add(inside)
+                position = match.end()
+        if len(seen) != len(parts) or used != len(images.expansions):
+            raise VlmtuneError(
+                f"{_where(sample)}: the chat template wrote {len(seen)} of {len(parts)} text parts and {used} image "
+                f"placeholders for {len(images.expansions)} images; this template does not fit this conversation."
+            )
+        return _supervise_end_of_turn(pieces, self._control_re, sample)
+
+    def _tokenise(self, pieces: list[Piece]) -> tuple[list[int], list[int], list[int]]:
+        """ids, kinds, turns: one entry per token. Runs end at control tokens and where a reply opens."""
+        ids: list[int] = []
+        kinds: list[int] = []
+        turns: list[int] = []
+        run: list[Piece] = []
+
+        def flush() -> None:
+            if run:
+                for token, piece in self._tokenise_run(run):
+                    ids.append(token)
+                    kinds.append(int(piece.kind))
+                    turns.append(piece.turn)
+                run.clear()
+
+        for piece in pieces:
+            if piece.opens:
+                flush()
+            if not piece.control:
+                run.append(piece)
+                continue
+            position = 0
+            for match in self._control_re.finditer(piece.text):
+                if match.start() > position:
+                    run.append(Piece(piece.text[position : match.start()], piece.kind, piece.turn))
+                flush()
+                ids.append(self._control_tokens[match.group()])
+                kinds.append(int(piece.kind))
+                turns.append(piece.turn)
+                position = match.end()
+            if position < len(piece.text):
+                run.append(Piece(piece.text[position:], piece.kind, piece.turn))
+        flush()
+        return ids, kinds, turns
+
+    def _tokenise_run(self, run: list[Piece]) -> list[tuple[int, Piece]]:
+        text = "".join(piece.text for piece in run)
+        ends = np.cumsum([len(piece.text) for piece in run])
+        result = []
+        for begin, stop in self._harmless(text):
+            out = self.tokenizer(text[begin:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            for token, (start, end) in zip(out["input_ids"], out["offset_mapping"], strict=True):
+                owner = int(np.searchsorted(ends, begin + max(end - 1, start), side="right"))
+                result.append((token, run[min(owner, len(run) - 1)]))
+        return result
+
+    def _harmless(self, text: str) -> Iterator[tuple[int, int]]:
+        """(begin, stop) of stretches without a control token: what looks like one was typed, so it is cut in two.
+
+        Cutting works for every tokenizer, also for added tokens that are not marked special, which
+        `split_special_tokens` leaves whole.
+        """
+        begin = 0
+        while (match := self._control_re.search(text, begin)) is not None:
+            yield begin, match.start() + 1
+            begin = match.start() + 1
+        if begin < len(text):
+            yield begin, len(text)
+
+    def _reply_lead(self) -> str:
+        """White space between the generation prompt and a reply ("Assistant:" + " ok"): the model has to write it."""
+        question = {"role": "user", "content": [{"type": "text", "text": "y"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": OPEN}]}
+        prompt = self._render([question], True, None)
+        before, mark, _ = self._render([question, answer], False, None).partition(OPEN)
+        lead = before.removeprefix(prompt)
+        return lead if mark and before.startswith(prompt) and lead.isspace() else ""
+
+    def _template_trims(self, role: str) -> bool:
+        """Whether the template strips white space around the content of this role (Gemma's does)."""
+        content = [{"type": "text", "text": " \nx\n "}]
+        before = [{"role": "user", "content": [{"type": "text", "text": "y"}]}] if role == "assistant" else []
+        after = [{"role": "user", "content": [{"type": "text", "text": "y"}]}] if role == "system" else []
+        try:
+            rendered = self._render([*before, {"role": role, "content": content}, *after], False, None)
+        except VlmtuneError:
+            return False  # the template has no such role; a sample that uses it is refused with its id
+        return " \nx\n " not in rendered
+
+
+# ---- helpers of one purpose each --------------------------------------------------------------------------------
+
+
+def _where(sample: Sample) -> str:
+    return f"{sample.origin} (sample {sample.id})" if sample.origin else f"sample {sample.id}"
+
+
+def _has_content(turn: Turn) -> bool:
+    return any(isinstance(p, Boxes) or (isinstance(p, Text) and p.text.strip()) for p in turn.parts)
+
+
+def _control_tokens(tokenizer, chat_template: str, coordinate_tokens: list[str]) -> dict[str, int]:
+    """Added tokens that steer the model: special ones, those the chat template writes, coordinates (not white space)."""
+    return {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if not token.content.isspace()
+        and (token.special or token.content in chat_template or token.content in coordinate_tokens)
+    }
+
+
+def _automatic_prefix(tokenizer) -> list[int]:
+    """Ids the tokenizer puts in front by itself (a bos, in the Llama family)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return full[: len(full) - len(bare)] if full[len(full) - len(bare) :] == bare else []
+
+
+def _strip_ends(content: list[dict], parts: list[Piece], trims: bool) -> list[dict]:
+    """Where the template trims each text, trim it ourselves, outside the sentinels."""
+    if not trims:
+        return content
+    out = []
+    for entry in content:
+        if entry["type"] == "text":
+            match = SENTINEL.match(entry["text"])
+            index = int(match.group(1))
+            piece = parts[index]
+            parts[index] = replace(piece, text=piece.text.strip())
+            entry = entry | {"text": f"{OPEN}{index}{CLOSE}{parts[index].text}{OPEN}{CLOSE}"}
+        out.append(entry)
+    return out
+
+
+def _split_placeholders(text: str, placeholder: str) -> list[tuple[str, bool]]:
+    """[(text, False), (placeholder, True), …] of a stretch the template wrote."""
+    out: list[tuple[str, bool]] = []
+    for n, literal in enumerate(text.split(placeholder)):
+        if n:
+            out.append((placeholder, True))
+        out.append((literal, False))
+    return out
+
+
+def _supervise_end_of_turn(pieces: list[Piece], control_re: re.Pattern, sample: Sample) -> list[Piece]:
+    """Give the end-of-turn token after each reply (and white space before it) the kind and turn of that reply."""
+    out: list[Piece] = []
+    for n, piece in enumerate(pieces):
+        reply = out[-1] if out else None
+        if piece.kind == Kind.SPECIAL and reply is not None and reply.kind in (Kind.RESPONSE, Kind.BOX, Kind.UNTRAINED):
+            match = control_re.search(piece.text)
+            if match is None or piece.text[: match.start()].strip():
+                raise VlmtuneError(
+                    f"{_where(sample)}: the chat template writes {piece.text[:20]!r} after a reply instead of an "
+                    "end-of-turn token, so the model would never learn to stop; use a template that ends replies."
+                )
+            kind = Kind.UNTRAINED if reply.kind == Kind.UNTRAINED else Kind.RESPONSE
+            out.append(Piece(piece.text[: match.end()], kind, reply.turn, control=True))
+            if match.end() < len(piece.text):
+                out.append(Piece(piece.text[match.end() :], Kind.SPECIAL, control=True))
+        else:
+            if n == len(pieces) - 1 and piece.kind in (Kind.RESPONSE, Kind.BOX):
+                raise VlmtuneError(f"{_where(sample)}: the chat template writes no end-of-turn token after the reply.")
+            out.append(piece)
+    return out
+
+
+def _resized_sizes(pixels: dict[str, Tensor], count: int, patch_size) -> list[tuple[int, int]]:
+    """(width, height) in pixels of each image as the model sees it."""
+    if "image_grid_thw" in pixels:
+        return [(int(w) * patch_size, int(h) * patch_size) for _, h, w in pixels["image_grid_thw"].tolist()]
+    height, width = pixels["pixel_values"].shape[-2:]
+    return [(int(width), int(height))] * count

@@ -1,0 +1,43 @@
+"""The one place that decodes an image: upright, RGB, or a sentence saying why not."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from vlmtune.types import VlmtuneError
+
+MAX_PIXELS = 100_000_000  # a 10,000 x 10,000 picture; above it we speak of a decompression bomb
+
+
+def load_image(source: Path | bytes, where: str) -> Image.Image:
+    """Decode fully, apply the EXIF orientation, convert to RGB (alpha over white).
+
+    where: what a complaint should name (file, row, sample id). Raises VlmtuneError for anything that is not a whole,
+    reasonably sized image.
+    """
+    name = str(source) if isinstance(source, Path) else f"{len(source)} bytes"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit below is stricter
+            image = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+        if image.width * image.height > MAX_PIXELS:
+            raise VlmtuneError(
+                f"{where}: image {name} has {image.width}x{image.height} pixels, above the limit of {MAX_PIXELS:,}; "
+                "shrink it first."
+            )
+        image.load()
+    except FileNotFoundError as error:
+        raise VlmtuneError(f"{where}: image {name} does not exist.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise VlmtuneError(f"{where}: image {name} cannot be decoded ({error}); replace or remove it.") from error
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: Pillow would clip at 255 instead of scaling
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")

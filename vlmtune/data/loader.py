@@ -1,0 +1,68 @@
+"""Step number -> the micro-batches of that optimizer step, prepared ahead by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlmtune.data.batch import collate
+from vlmtune.data.encode import Encoder
+from vlmtune.data.mixture import Mixture
+from vlmtune.data.sources import SampleSource
+from vlmtune.types import Batch, VlmtuneError
+
+
+class Steps(Dataset):
+    """`steps[n]` is the list of micro-batches of optimizer step n; it depends on nothing but n."""
+
+    def __init__(
+        self,
+        sources: Sequence[SampleSource],
+        mixture: Mixture,
+        encoder: Encoder,
+        batch_size: int,
+        micro_batch_size: int,
+    ):
+        self.sources, self.mixture, self.encoder = sources, mixture, encoder
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+
+    def __len__(self) -> int:
+        return len(self.mixture) // self.batch_size
+
+    def __getitem__(self, step: int) -> list[Batch] | VlmtuneError:
+        try:
+            first = step * self.batch_size
+            encoded = []
+            for k in range(first, first + self.batch_size):
+                source, row = self.mixture[k]
+                encoded.append(self.encoder.encode(self.sources[source][row]))
+        except VlmtuneError as error:
+            return error  # a worker would wrap it in a traceback; the loader raises it in the main process
+        return [
+            collate(encoded[i : i + self.micro_batch_size], self.encoder.pad_token_id)
+            for i in range(0, self.batch_size, self.micro_batch_size)
+        ]
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def load_steps(steps: Steps, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:
+    """Steps `start` … `stop` - 1 in order. The number of workers changes the speed and nothing else."""
+    loader = DataLoader(
+        steps,
+        sampler=range(start, stop),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_one_thread,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # its own: drawing worker seeds must not move the training RNG
+    )
+    for batches in loader:
+        if isinstance(batches, VlmtuneError):
+            raise batches
+        yield batches

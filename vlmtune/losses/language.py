@@ -1,0 +1,117 @@
+"""Next-token cross-entropy on supervised positions only, in chunks, per token (SPEC B1).
+
+Shapes: N supervised tokens of a micro-batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 64 * 2**20  # float32 logits held at once
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows per chunk so that its float32 logits take about `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Frozen weight: d loss / d hidden = (softmax - onehot) · W is kept from the forward; the backward only scales it.
+
+    This is exact because each row's gradient is its upstream gradient (a number) times a vector known in the forward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        directions = torch.empty_like(hidden)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            logits = _logits(hidden[part], weight, bias)
+            losses[part] = _nll(logits, targets[part])
+            directions[part] = (_minus_onehot(logits, targets[part]).to(weight.dtype) @ weight).to(hidden.dtype)
+        ctx.save_for_backward(directions)
+        return losses
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (directions,) = ctx.saved_tensors
+        return upstream.unsqueeze(1).to(directions.dtype) * directions, None, None, None, None
+
+
+class _TrainableHead(torch.autograd.Function):
+    """Trainable weight: logits are recomputed chunk by chunk in the backward instead of being stored."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            losses[part] = _nll(_logits(hidden[part], weight, bias), targets[part])
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.rows = rows
+        return losses
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        for start in range(0, len(targets), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            d_logits = _minus_onehot(_logits(hidden[part], weight, bias), targets[part])
+            d_logits *= upstream[part].unsqueeze(1)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(weight.dtype)
+            d_hidden[part] = (d_logits @ weight).to(hidden.dtype)
+            d_weight += (d_logits.T @ hidden[part].to(weight.dtype)).float()
+        return d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype) if bias is not None else None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """float32[n, V]; the product runs in the weight's dtype."""
+    logits = (hidden.to(weight.dtype) @ weight.T).float()
+    return logits if bias is None else logits + bias.float()
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.logsumexp(dim=1) - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def _minus_onehot(logits: Tensor, targets: Tensor) -> Tensor:
+    """softmax(logits) - onehot(targets), float32[n, V], written over `logits`."""
+    probabilities = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()
+    probabilities[torch.arange(len(targets), device=logits.device), targets] -= 1
+    return probabilities
+
+
+def token_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, rows: int | None = None) -> Tensor:
+    """Cross-entropy of each token, float32[N].
+
+    hidden: float[N, D], the states that predict `targets` int64[N] (already shifted). head: the model's output
+    embedding; a plain `nn.Linear` takes the fused path, anything else (an adapter around it) is run chunk by chunk and
+    recomputed in the backward. rows: tokens per chunk. Under autocast the product runs in the autocast dtype, as the
+    model's own head would.
+    """
+    if len(targets) == 0:
+        return hidden.sum(dim=1).float()
+    if type(head) is nn.Linear:
+        weight, bias = head.weight, head.bias
+        device = hidden.device.type
+        trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+        rows = rows or chunk_rows(weight.shape[0])
+        if torch.is_autocast_enabled(device):
+            weight = weight.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            function = _TrainableHead if trainable else _FrozenHead
+            return function.apply(hidden, weight, bias, targets, rows)
+    rows = rows or max(1, chunk_rows(head.base_layer.out_features if hasattr(head, "base_layer") else 65536))
+    chunks = [
+        checkpoint(lambda h, t: _nll(head(h).float(), t), hidden[i : i + rows], targets[i : i + rows], use_reentrant=False)
+        for i in range(0, len(targets), rows)
+    ]
+    return torch.cat(chunks)

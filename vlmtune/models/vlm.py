@@ -1,0 +1,62 @@
+"""A Hugging Face vision-language model as the training step sees it: batch in, supervised hidden states out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlmtune.types import Batch, supervised_mask
+
+
+@dataclass
+class Supervised:
+    """The positions of a micro-batch that carry loss (N of them, in row-major order).
+
+    hidden float[N, D]: the state that predicts the token; targets int64[N]: the token; kinds int8[N]; row int64[N]:
+    which sample of the micro-batch it belongs to.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    kinds: Tensor
+    row: Tensor
+
+
+class VLM(nn.Module):
+    """Wraps a `*ForConditionalGeneration` model; the language head is left to the loss (SPEC B1)."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(self, batch: Batch) -> Supervised:
+        """Run the body (vision tower, projector, language model) once; no logits are made."""
+        states = self.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+        carries = supervised_mask(batch.kinds[:, 1:])
+        row = torch.arange(len(batch.kinds), device=states.device).unsqueeze(1).expand_as(carries)[carries]
+        return Supervised(
+            hidden=states[:, :-1][carries],
+            targets=batch.inputs["input_ids"][:, 1:][carries],
+            kinds=batch.kinds[:, 1:][carries],
+            row=row,
+        )
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """Train mode only where something trains.
+
+    A module whose whole subtree is frozen stays in eval mode: otherwise BatchNorm statistics of a frozen tower would
+    drift with every batch and the "frozen" part would change (SPEC G5).
+    """
+    model.train()
+    trains = {id(module) for module in model.modules() if any(p.requires_grad for p in module.parameters())}
+    for module in model.modules():
+        if id(module) not in trains and any(True for _ in module.parameters()):
+            module.eval()

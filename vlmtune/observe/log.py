@@ -1,0 +1,176 @@
+"""What a run writes while it goes: history.jsonl, TensorBoard events, one progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class History:
+    """Appends one JSON object per logging step and evaluation to history.jsonl."""
+
+    def __init__(self, path: Path, log_every: int, from_step: int):
+        self.path, self.log_every = path, log_every
+        self._since: list[dict[str, Any]] = []
+        keep_until(path, from_step)
+
+    def on_step(self, state, metrics: dict[str, Any]) -> None:
+        self._since.append(metrics)
+        if state.step % self.log_every and state.step != 1:
+            return
+        self._append(train_record(state, self._since))
+        self._since = []
+
+    def on_eval(self, state, metrics: dict[str, Any]) -> None:
+        self._append(eval_record(state, metrics))
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of history over the steps since the last one; means are weighted by tokens, times are sums."""
+    tokens: dict[str, float] = {}
+    sums: dict[str, float] = {}
+    for step in steps:
+        total = sum(step["weights"].values())
+        for task, count in step["weights"].items():
+            tokens[task] = tokens.get(task, 0) + count
+            sums[task] = sums.get(task, 0.0) + float(step["losses"].get(f"language/{task}", 0.0)) * total
+    seconds = sum(step["step_seconds"] for step in steps)
+    last = steps[-1]
+    return {
+        "kind": "train",
+        "step": state.step,
+        "samples": state.samples,
+        "loss": sum(sums.values()) / max(1, sum(tokens.values())),
+        "loss_by_task": {task: sums[task] / count for task, count in sorted(tokens.items()) if count},
+        "lr": last["lr"],
+        "norm": float(last["norms"]["total"]),
+        "norm_by_rule": {rule: float(norm) for rule, norm in last["norms"].items() if rule != "total"},
+        "supervised_tokens_per_second": sum(tokens.values()) / seconds,
+        "tokens_per_second": sum(step["tokens"] for step in steps) / seconds,
+        "samples_per_second": sum(step["samples"] for step in steps) / seconds,
+        "data_wait": sum(step["data_wait"] for step in steps) / seconds,
+        "seconds": state.seconds,
+    }
+
+
+def eval_record(state, metrics: dict[str, Any]) -> dict[str, Any]:
+    """metrics: "loss", "loss/<group>/<task>" and "<group>/<task>/<metric>" -> number."""
+    nested: dict[str, dict[str, float]] = {}
+    losses: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name == "loss" or name.startswith("loss/"):
+            losses[name.removeprefix("loss/")] = value
+        else:
+            place, _, metric = name.rpartition("/")
+            nested.setdefault(place, {})[metric] = value
+    return {"kind": "eval", "step": state.step, "metrics": nested, "loss": losses, "seconds": state.seconds}
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break  # only the last line can be torn, and it is written again on resume
+    return records
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop records after `step`: a resumed run writes them again."""
+    if path.exists():
+        kept = [record for record in read_history(path) if record["step"] <= step]
+        draft = path.with_name(f".{path.name}.tmp")
+        draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(draft, path)
+
+
+class TensorBoard:
+    """The same numbers as TensorBoard scalars under <run>/tensorboard."""
+
+    def __init__(self, folder: Path, log_every: int, from_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.log_every = log_every
+        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
+
+    def on_step(self, state, metrics: dict[str, Any]) -> None:
+        if state.step % self.log_every:
+            return
+        record = train_record(state, [metrics])
+        for name in ("loss", "norm", "tokens_per_second", "samples_per_second", "data_wait"):
+            self._writer.add_scalar(f"train/{name}", record[name], state.step)
+        for group in ("loss_by_task", "lr", "norm_by_rule"):
+            for name, value in record[group].items():
+                self._writer.add_scalar(f"{group}/{name}", value, state.step)
+
+    def on_eval(self, state, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"eval/{name}", value, state.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ProgressLine:
+    """loss, lr, tokens/s, data wait, time left. Without a terminal: a plain line every `log_every` steps."""
+
+    def __init__(self, console: Console, total_steps: int, log_every: int):
+        self.console, self.total, self.log_every = console, total_steps, log_every
+        self._first: tuple[int, float] | None = None
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=24), TextColumn("{task.description}"),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._bar = self._progress.add_task("", total=total_steps)
+        self._loss: float | None = None
+
+    def __enter__(self) -> ProgressLine:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._progress.__exit__(*exc)
+
+    def on_step(self, state, metrics: dict[str, Any]) -> None:
+        loss = float(sum(metrics["losses"].values()))
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._first = self._first or (state.step - 1, time.perf_counter() - metrics["step_seconds"])
+        done, since = state.step - self._first[0], time.perf_counter() - self._first[1]
+        left = (self.total - state.step) * since / done
+        line = (
+            f"loss {self._loss:.4f}  lr {max(metrics['lr'].values()):.2e}  "
+            f"{metrics['tokens'] / metrics['step_seconds']:,.0f} tokens/s  "
+            f"data wait {100 * metrics['data_wait'] / metrics['step_seconds']:.0f}%  left {duration(left)}"
+        )
+        self._progress.update(self._bar, completed=state.step, description=line)
+        if not self.console.is_terminal and (state.step % self.log_every == 0 or state.step == 1):
+            self.console.print(f"step {state.step}/{self.total}  {line}", highlight=False)
+
+    def on_eval(self, state, metrics: dict[str, Any]) -> None:
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.startswith("loss/"))
+        self.console.print(f"[bold]evaluation at step {state.step}[/]  {shown}", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """"1:02:03" or "4:05"."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,310 @@
+"""`vlmtune train`: one run folder from a config, resumable at any moment.
+
+    runs/NAME/ config.yaml environment.json assignment.json history.jsonl dropped.jsonl changed.jsonl report.html
+               summary.json samples.json tensorboard/ checkpoints/step_000100 checkpoints/best checkpoints/latest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vlmtune import __version__
+from vlmtune.adapt.plan import apply_plan
+from vlmtune.build import (
+    build_encoder,
+    build_eval_groups,
+    build_settings,
+    build_source,
+    build_steps,
+    fingerprint_tree,
+    load_model,
+    policies,
+    resolve_model,
+    step_loader,
+)
+from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
+from vlmtune.config import Config, dump_config
+from vlmtune.evaluate.evaluation import Evaluation, Scored, evaluate
+from vlmtune.losses.objective import Objective
+from vlmtune.observe.log import History, ProgressLine, TensorBoard, duration
+from vlmtune.observe.page import write_page
+from vlmtune.optim.optimizer import build_adamw
+from vlmtune.optim.precision import resolve_precision
+from vlmtune.trainer import Trainer
+from vlmtune.types import Boxes, VlmtuneError
+
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pydantic")
+
+
+def train(config: Config, console: Console, restart: bool = False) -> dict:
+    """Run (or continue) the training a config describes; returns the summary that is also written to summary.json.
+
+    Raises VlmtuneError before anything is written for a config whose run folder cannot be written or belongs to
+    another config, and during the run for whatever stops it.
+    """
+    folder = Path(config.run)
+    fingerprint = config_fingerprint(fingerprint_tree(config))
+    checkpoint = prepare_folder(folder, fingerprint, restart)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.train.seed)
+
+    model_path = resolve_model(config.model)
+    model = load_model(model_path)
+    encoder = build_encoder(model_path, model, config)
+    sources = [build_source(source) for source in config.data.train]
+    groups = build_eval_groups(config)
+    precision = resolve_precision(config.train.precision, device)
+    settings = build_settings(config, [source.size for source in sources], precision)
+    steps = build_steps(config, sources, encoder, settings.total_steps)
+    plan = apply_plan(model, policies(config), config.model, config.train.seed)
+    if config.train.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    model.to(device)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", dump_config(config))
+    write_text(folder / "assignment.json", json.dumps(plan.rows, indent=1))
+    write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
+    for name in ("dropped.jsonl", "changed.jsonl"):
+        (folder / name).touch()
+    console.print(assignment_table(plan.rows))
+    console.print(
+        f"{settings.total_steps} steps of {config.train.batch_size} samples "
+        f"({config.train.batch_size // config.train.micro_batch_size} micro-batches), {precision} on {device.type}, "
+        f"{torch.get_num_threads()} threads; run folder {folder}",
+        highlight=False,
+    )
+
+    def measure(limit: int | None, generate: bool) -> Evaluation:
+        model.eval()
+        return evaluate(
+            model, encoder, groups, limit=limit, batch_size=config.evaluate.batch_size,
+            max_new_tokens=config.evaluate.max_new_tokens if generate else None,
+        )  # fmt: skip
+
+    before_file = folder / "before.json"
+    if groups and not before_file.exists() and checkpoint is None:
+        console.print("evaluation before training …")
+        write_text(before_file, json.dumps(evaluation_record(measure(None, config.evaluate.generate))))
+
+    observers = [
+        History(folder / "history.jsonl", settings.log_every, read_state(checkpoint)["state"]["step"] if checkpoint else 0),
+        board := TensorBoard(folder / "tensorboard", settings.log_every, 0),
+        progress := ProgressLine(console, settings.total_steps, settings.log_every),
+        PageWriter(folder, every_seconds=20),
+    ]
+    trainer = Trainer(
+        model, plan, Objective(),
+        build_adamw(plan.optimizer_groups(), config.optim.betas, config.optim.eps),
+        step_loader(steps, config.data.workers), settings, folder / "checkpoints", fingerprint, device, observers,
+        (lambda step: measure(config.evaluate.limit, config.evaluate.generate).metrics) if groups else None,
+    )  # fmt: skip
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        console.print(f"continuing from {checkpoint} (step {trainer.state.step})")
+    with progress:
+        state = trainer.fit()
+
+    after = None
+    if groups:
+        console.print("evaluation after training …")
+        rng = torch.get_rng_state()
+        after = measure(None, config.evaluate.generate)
+        torch.set_rng_state(rng)
+        for observer in observers[:2]:
+            observer.on_eval(state, after.metrics)
+    board.close()
+    before = json.loads(before_file.read_text()) if before_file.exists() else None
+    summary = summarise(before, after, state, settings.total_steps)
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    if after is not None:
+        write_text(folder / "samples.json", json.dumps(gallery(folder, before, after, config.evaluate.gallery)))
+    page = write_page(folder)
+    if summary["metrics"]:
+        console.print(metrics_table(summary["metrics"]))
+    console.print(f"trained {state.step} steps in {duration(state.seconds)}; report: {page}", highlight=False)
+    return summary
+
+
+def prepare_folder(folder: Path, fingerprint: str, restart: bool) -> Path | None:
+    """Check that the run folder can be used; returns the checkpoint to continue from."""
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if restart and folder.exists():
+        if any(folder.iterdir()) and not (folder / "config.yaml").exists():
+            raise VlmtuneError(f"{folder} is not a run folder of vlmtune; --restart deletes only those.")
+        shutil.rmtree(folder)
+        checkpoint = None
+    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise VlmtuneError(f"run folder {folder} cannot be written ({existing} is not a writable folder); set run=… .")
+    if checkpoint is not None and read_state(checkpoint)["config"] != fingerprint:
+        raise VlmtuneError(
+            f"{folder} holds a run of another config; give this one another folder (run=…), or delete that run "
+            "with --restart."
+        )
+    return checkpoint
+
+
+class PageWriter:
+    """Keeps report.html of a run in progress up to date."""
+
+    def __init__(self, folder: Path, every_seconds: float):
+        self.folder, self.every = folder, every_seconds
+        self._last = time.monotonic()
+
+    def on_step(self, state, metrics: dict) -> None:
+        if time.monotonic() - self._last > self.every:
+            write_page(self.folder)
+            self._last = time.monotonic()
+
+    def on_eval(self, state, metrics: dict) -> None:
+        write_page(self.folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def environment(precision: str, device: torch.device) -> dict:
+    return {
+        "vlmtune": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": precision,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def assignment_table(rows: list[dict]) -> Table:
+    table = Table(title="what trains, and how", title_justify="left")
+    for name in ("part", "rule", "method", "tensors", "parameters", "trainable", "lr", "weight decay"):
+        table.add_column(name, justify="left" if name in ("part", "rule", "method") else "right")
+    for row in rows:
+        table.add_row(
+            row["part"], row["rule"], row["method"], str(row["tensors"]), f"{row['parameters']:,}", f"{row['trainable']:,}",
+            "" if row["lr"] is None else f"{row['lr']:g}", "" if row["weight_decay"] is None else f"{row['weight_decay']:g}",
+        )  # fmt: skip
+    total, trainable = sum(r["parameters"] for r in rows), sum(r["trainable"] for r in rows)
+    table.add_section()
+    table.add_row("all", "", "", "", f"{total:,}", f"{trainable:,}", "", "")
+    return table
+
+
+def metrics_table(metrics: dict) -> Table:
+    table = Table(title="held-out data", title_justify="left")
+    for name in ("group", "task", "metric", "before", "after", "change"):
+        table.add_column(name, justify="left" if name in ("group", "task", "metric") else "right")
+    for place, values in metrics.items():
+        group, _, task = place.partition("/")
+        for metric, pair in values.items():
+            before, after = pair.get("before"), pair.get("after")
+            change = "" if before is None or after is None else f"{after - before:+.3f}"
+            table.add_row(group, task, metric, *("" if v is None else f"{v:.3f}" for v in (before, after)), change)
+    return table
+
+
+# ---- evaluation records -----------------------------------------------------------------------------------------
+
+
+def evaluation_record(evaluation: Evaluation) -> dict:
+    replies = [[s.group, s.sample.id, s.reply, s.boxes] for s in evaluation.scored]
+    return {"metrics": evaluation.metrics, "replies": replies}
+
+
+def summarise(before: dict | None, after: Evaluation | None, state, total_steps: int) -> dict:
+    metrics: dict[str, dict] = {}
+    for moment, values in (("before", before["metrics"] if before else {}), ("after", after.metrics if after else {})):
+        for name, value in values.items():
+            if name == "loss":
+                continue
+            place, metric = (name[5:], "loss") if name.startswith("loss/") else name.rsplit("/", 1)
+            metrics.setdefault(place, {}).setdefault(metric, {})[moment] = value
+    return {
+        "metrics": dict(sorted(metrics.items())),
+        "steps": state.step,
+        "total_steps": total_steps,
+        "samples": state.samples,
+        "tokens": state.tokens,
+        "train_seconds": state.seconds,
+        "samples_per_second": state.samples / state.seconds if state.seconds else None,
+        "peak_memory_bytes": peak_memory(),
+        "best": {"value": state.best, "step": state.best_step},
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: the CUDA allocator's peak, or the largest resident size of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gallery(folder: Path, before: dict | None, after: Evaluation, count: int) -> list[dict]:
+    """Held-out samples for the run page, spread over groups and tasks; their first image is written to images/."""
+    from vlmtune.data.images import load_image
+    from vlmtune.evaluate.metrics import reference_text
+
+    replies = {(g, i): (reply, boxes) for g, i, reply, boxes in (before["replies"] if before else [])}
+    places: dict[tuple[str, str], list[Scored]] = {}
+    for scored in after.scored:
+        if scored.sample.images:
+            places.setdefault((scored.group, scored.sample.task), []).append(scored)
+    per_place = -(-count // max(1, len(places)))
+    chosen = [scored for rows in places.values() for scored in rows[:per_place]][:count]
+    entries = []
+    (folder / "images").mkdir(exist_ok=True)
+    for number, scored in enumerate(chosen):
+        image = load_image(scored.sample.images[0].source, scored.sample.origin)
+        name = f"images/{number:03d}.png"
+        image.save(folder / name)
+        reply, boxes = replies.get((scored.group, scored.sample.id), (None, []))
+        last = scored.sample.turns[-1]
+        truth = [list(b) for part in last.parts if isinstance(part, Boxes) for b in part.boxes]
+        asked = [list(b) for t in scored.sample.turns[:-1] for p in t.parts if isinstance(p, Boxes) for b in p.boxes]
+        entries.append(
+            {
+                "image": name, "group": scored.group, "task": scored.sample.task, "question": question_text(scored.sample),
+                "reference": reference_text(last), "before": reply, "after": scored.reply,
+                "boxes_true": truth or asked, "boxes_before": boxes, "boxes_after": [list(b) for b in scored.boxes],
+                "width": image.width, "height": image.height,
+            }
+        )  # fmt: skip
+    return entries
+
+
+def question_text(sample) -> str:
+    """The last user turn in words; a region is shown as "[region]"."""
+    user = [turn for turn in sample.turns if turn.role == "user"][-1]
+    return "".join("[region]" if isinstance(p, Boxes) else getattr(p, "text", "") for p in user.parts).strip()
+

@@ -1,0 +1,211 @@
+"""The loop. cli -> Trainer.fit -> Trainer.train_step -> optimizer.step: three frames of our own."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlmtune.adapt.plan import Plan
+from vlmtune.checkpoint import (
+    TrainState,
+    checkpoint_name,
+    checkpoints,
+    load_checkpoint,
+    point,
+    save_checkpoint,
+)
+from vlmtune.losses.objective import Objective
+from vlmtune.models.vlm import VLM, set_training_mode
+from vlmtune.optim.clip import clip_gradients
+from vlmtune.optim.optimizer import set_learning_rates
+from vlmtune.optim.precision import autocast
+from vlmtune.types import Batch, VlmtuneError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """total_steps, checkpoint_every, eval_every (None: never during training), log_every: optimizer steps."""
+
+    total_steps: int
+    schedule: Callable[[int], float]  # step -> factor on every learning rate
+    clip: float
+    precision: Literal["bf16", "fp32"]
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    eval_every: int | None
+    best: str
+    best_is: Literal["lowest", "highest"]
+
+
+class Observer(Protocol):
+    """Watches, never changes the update."""
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None: ...
+
+    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None: ...
+
+
+class TrainingModule(nn.Module):
+    """Model and objective as one module: what a distributed engine wraps."""
+
+    def __init__(self, vlm: VLM, objective: Objective):
+        super().__init__()
+        self.vlm, self.objective = vlm, objective
+
+    def forward(self, batch: Batch, weights: dict[str, float]) -> dict[str, Tensor]:
+        return self.objective(self.vlm(batch), self.vlm.head, batch, weights)
+
+
+class Trainer:
+    """Runs optimizer steps.
+
+    steps: (start, stop) -> iterator over lists of micro-batches; evaluate: step -> metrics (keys "loss" and
+    "group/task/metric"); folder: where checkpoints go; fingerprint: of the config.
+    """
+
+    def __init__(
+        self,
+        model,
+        plan: Plan,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        steps: Callable[[int, int], Iterator[list[Batch]]],
+        settings: Settings,
+        folder: Path,
+        fingerprint: str,
+        device: torch.device,
+        observers: Sequence[Observer] = (),
+        evaluate: Callable[[int], dict[str, Any]] | None = None,
+    ):
+        self.model, self.plan, self.optimizer = model, plan, optimizer
+        self.module = TrainingModule(VLM(model), objective)
+        self.steps, self.settings, self.folder, self.fingerprint = steps, settings, folder, fingerprint
+        self.device, self.observers, self.evaluate = device, observers, evaluate
+        self.groups = plan.groups()
+        self.state = TrainState()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue exactly where `checkpoint` was written."""
+        self.state = load_checkpoint(checkpoint, self.model, self.plan, self.optimizer, self.fingerprint)
+
+    def fit(self) -> TrainState:
+        """Train to the last step; checkpoints and evaluations on the way. Resumes are bit-exact on CPU."""
+        settings, state = self.settings, self.state
+        set_training_mode(self.model)
+        before = state.seconds
+        started = arrived = time.perf_counter()
+        for micro_batches in self.steps(state.step, settings.total_steps):
+            waited = time.perf_counter() - arrived
+            metrics = self.train_step(micro_batches)
+            state.seconds = before + time.perf_counter() - started
+            metrics |= {"data_wait": waited, "step_seconds": time.perf_counter() - arrived}
+            self._tell("on_step", metrics)
+            if settings.eval_every and state.step % settings.eval_every == 0 and state.step < settings.total_steps:
+                self.run_evaluation()
+            if state.step % settings.checkpoint_every == 0 or state.step == settings.total_steps:
+                self.save()
+            arrived = time.perf_counter()
+        return state
+
+    def train_step(self, micro_batches: list[Batch]) -> dict[str, Any]:
+        """One optimizer step: count weights, forward and backward each micro-batch, clip, refuse or update."""
+        lr = set_learning_rates(self.optimizer, self.settings.schedule(self.state.step))
+        weights = self.module.objective.weights(micro_batches)
+        losses: dict[str, Tensor] = {}
+        for batch in micro_batches:
+            with autocast(self.settings.precision, self.device):
+                terms = self.module(batch.to(self.device), weights)  # sums / global weight: they add up
+            torch.stack(list(terms.values())).sum().backward()
+            for name, value in terms.items():
+                losses[name] = losses.get(name, 0) + value.detach()
+        if self.state.step == 0:
+            self.refuse_missing_gradients()
+        norms = clip_gradients(self.groups, self.settings.clip)
+        self.refuse_not_finite(losses, norms, micro_batches)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        samples = sum(len(batch.sample_ids) for batch in micro_batches)
+        tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in micro_batches)
+        self.state.samples += samples
+        self.state.tokens += tokens
+        return {"losses": losses, "weights": weights, "norms": norms, "lr": lr, "samples": samples, "tokens": tokens}
+
+    def refuse_missing_gradients(self) -> None:
+        """After the first backward every parameter meant to train has a gradient, or the run stops and names it."""
+        missing = [name for name, p in self.plan.parameters.items() if p.grad is None]
+        if missing:
+            raise VlmtuneError(
+                f"plan: {len(missing)} of {len(self.plan.parameters)} parameters meant to train got no gradient, first "
+                f"{missing[0]}; freeze them, or check that the data reaches that part (images for vision and projector)."
+            )
+
+    def refuse_not_finite(self, losses: dict[str, Tensor], norms: dict[str, Tensor], batches: list[Batch]) -> None:
+        """Stop before the update when a loss or gradient norm is NaN or infinite."""
+        if bool(torch.isfinite(norms["total"])):
+            return
+        bad = [rule for rule, norm in norms.items() if rule != "total" and not bool(torch.isfinite(norm))]
+        tasks = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
+        ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
+        raise VlmtuneError(
+            f"step {self.state.step}: gradient of {', '.join(bad)} is not finite (non-finite loss: {', '.join(tasks) or 'none'}); "
+            f"nothing was updated. Samples of this step: {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}. "
+            "Lower optim.lr, look at these samples with `vlmtune inspect`, or try train.precision=fp32."
+        )
+
+    def run_evaluation(self) -> dict[str, Any] | None:
+        """Evaluate without touching the training RNG, and remember whether this is the best so far."""
+        if self.evaluate is None:
+            return None
+        rng = torch.get_rng_state()
+        self.model.eval()
+        metrics = self.evaluate(self.state.step)
+        set_training_mode(self.model)
+        torch.set_rng_state(rng)
+        value = metrics.get(self.settings.best)
+        if value is None:
+            raise VlmtuneError(
+                f"checkpoint.best is {self.settings.best!r}, but evaluation reports {', '.join(sorted(metrics))}."
+            )
+        better = self.state.best is None or (
+            value < self.state.best if self.settings.best_is == "lowest" else value > self.state.best
+        )
+        if better:
+            self.state.best, self.state.best_step = value, self.state.step
+        self._tell("on_eval", metrics)
+        if better and self.state.step:
+            self.save()
+            point(self.folder / "best", self.folder / checkpoint_name(self.state.step))
+        return metrics
+
+    def save(self) -> Path:
+        """Write a checkpoint, point `latest` at it, delete what is neither best, latest nor among the newest kept."""
+        folder = self.folder / checkpoint_name(self.state.step)
+        save_checkpoint(folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint)
+        point(self.folder / "latest", folder)
+        best = self.folder / "best"
+        kept = {p.resolve() for p in checkpoints(self.folder)[-self.settings.keep :]}
+        kept |= {best.resolve()} if best.exists() else set()
+        for old in checkpoints(self.folder):
+            if old.resolve() not in kept:
+                _remove(old)
+        return folder
+
+    def _tell(self, event: str, metrics: dict[str, Any]) -> None:
+        for observer in self.observers:
+            getattr(observer, event)(self.state, metrics)
+
+
+def _remove(folder: Path) -> None:
+    """Rename first: a kill in between leaves a hidden folder, never half a checkpoint with a valid name."""
+    doomed = folder.with_name(f".{folder.name}.doomed")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
