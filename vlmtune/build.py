@@ -44,7 +44,7 @@ def resolve_model(name: str) -> str:
         tag = f"{stamp.st_size:x}-{int(stamp.st_mtime):x}" if stamp else "absent"
         return str(write_embedded(cache_folder() / f"embedded-{tag}"))
     if name == EMBEDDED_UNTRAINED:
-        from vlmtune.data.export_scenes import text_corpus
+        from vlmtune.data.corpus import text_corpus
 
         folder = Path(tempfile.mkdtemp(prefix="vlmtune-untrained-"))
         return str(write_untrained(folder, text_corpus(), coordinates("bins").tokens()))

@@ -95,12 +95,16 @@ def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str
         if policy.train == "lora" and pattern not in rules_with_targets:
             raise VlmtuneError(f"plan: rule {pattern!r} asks for LoRA, but covers no linear module; use train: full.")
 
-    for name, parameter in names.items():
-        parameter.requires_grad_(assignment[name][1].train == "full" and name not in unreachable)
     lora = inject_lora(model, targets, base_name, seed) if targets else None
-
     after = canonical_parameters(model)
     rule_of = {name: rule for name, (rule, _) in assign(rules, after).items()}
+    for name, parameter in after.items():  # after the injection: peft freezes everything but its adapter
+        full = policies[rule_of[name]].train == "full" and name not in unreachable
+        parameter.requires_grad_(full or ".lora_" in name)
+    for pattern, policy in rules:
+        mine = [p for name, p in after.items() if rule_of[name] == pattern]
+        if policy.train != "frozen" and not any(p.requires_grad for p in mine):
+            raise VlmtuneError(f"plan: rule {pattern!r} says {policy.train}, but none of its parameters can learn.")
     trainable = {name: parameter for name, parameter in after.items() if parameter.requires_grad}
     if not trainable:
         raise VlmtuneError("plan: every rule says frozen, so nothing would train; give one rule train: full or lora.")

@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Literal
 
+import numpy as np
 from PIL import Image, ImageFont
 
 ConceptGroup = Literal["base", "new", "all"]
@@ -32,8 +33,8 @@ FONTS: dict[Split, tuple[str, ...]] = {
     "val": ("STIXGeneral",),
 }
 OPAQUE = 96  # a pixel belongs to an object when its alpha (0..255) is above this
-DOMINANT_SHARE = 0.6  # of the opaque pixels, for a colour to be the colour of a picture
-RUNNER_UP_SHARE = 0.2  # and no other colour may have more than this
+DOMINANT_SHARE = 0.55  # of the opaque pixels, for a colour to be the colour of a picture
+RUNNER_UP_SHARE = 0.25  # and no other colour may have more than this
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,15 @@ def colour_name(red: int, green: int, blue: int) -> str | None:
     hue *= 360
     if value < 0.28:
         return "black"
+    if value < 0.45 and saturation < 0.6:
+        return None
     if saturation < 0.12:
         return "white" if value > 0.88 else "grey" if value < 0.8 else None
     if saturation < 0.3:
-        return "grey" if value < 0.6 and saturation < 0.25 else None
-    if 8 <= hue < 45 and value < 0.72:
+        return "grey" if value < 0.7 and saturation < 0.25 else None
+    if 8 <= hue < 45 and value < 0.78:
         return "brown"
-    if hue < 10 or hue >= 345:
+    if hue < 9 or hue >= 345:
         return "red" if saturation > 0.55 else "pink"
     if 300 <= hue < 345:
         return "pink"
@@ -140,7 +143,7 @@ def colour_name(red: int, green: int, blue: int) -> str | None:
         return "orange"
     if 43 <= hue < 62:
         return "yellow"
-    if 75 <= hue < 165:
+    if 66 <= hue < 170:
         return "green"
     if 185 <= hue < 245:
         return "blue"
@@ -152,7 +155,7 @@ def colour_name(red: int, green: int, blue: int) -> str | None:
 @cache
 def dominant_colour(name: str) -> str | None:
     """The colour of a concept, counted over the opaque pixels of its drawing in the atlas; None if none dominates."""
-    pixels = _atlas_picture().crop(atlas()[name].cell).getdata()
+    pixels = np.asarray(_atlas_picture().crop(atlas()[name].cell)).reshape(-1, 4).tolist()
     counts = Counter(colour_name(*pixel[:3]) for pixel in pixels if pixel[3] > OPAQUE)
     total = counts.total()
     counts.pop(None, None)

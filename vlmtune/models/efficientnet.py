@@ -106,6 +106,8 @@ class EfficientNetLiteModel(PreTrainedModel):
     base_model_prefix = "vision_tower"
     input_modalities = ("image",)
     _no_split_modules = ["MBConv"]
+    # there is no attention in here, so whatever the language model is asked to use is fine
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)
@@ -132,7 +134,8 @@ class EfficientNetLiteModel(PreTrainedModel):
         height, width = pixel_values.shape[-2:]
         if height % STRIDE or width % STRIDE:
             raise ValueError(f"image sides must be multiples of {STRIDE}, got {width}x{height}")
-        x = F.relu6(self.stem_norm(self.stem(pixel_values.to(self.stem.weight.dtype))))
+        x = pixel_values.to(self.stem.weight.dtype, memory_format=torch.channels_last)  # nearly twice as fast on CPUs
+        x = F.relu6(self.stem_norm(self.stem(x)))
         tokens = []
         for index, block in enumerate(self.blocks):
             x = block(x)

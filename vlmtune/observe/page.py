@@ -19,6 +19,7 @@ import base64
 import json
 import math
 import mimetypes
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -111,6 +112,7 @@ def write_page(run_folder: Path) -> Path:
     summary = _json(run_folder / "summary.json") or {}
     train = [entry for entry in history if entry.get("kind") == "train"]
     evals = [entry for entry in history if entry.get("kind") == "eval"]
+    pictures = [_picture(sample, run_folder) for sample in _json(run_folder / "samples.json") or []]
     page = render_html(
         "page.html.jinja",
         name=run_folder.resolve().name,
@@ -121,7 +123,8 @@ def write_page(run_folder: Path) -> Path:
         evaluation_charts=_evaluation_charts(evals),
         averaged=math.ceil(len(train) / POINTS_PER_LINE),
         assignment=_json(run_folder / "assignment.json") or [],
-        pictures=[_picture(sample, run_folder) for sample in _json(run_folder / "samples.json") or []],
+        pictures=pictures,
+        frame=_frame(pictures),
         documents=_documents(run_folder, summary),
         unreadable=unreadable,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -145,11 +148,13 @@ def write_html(path: Path, html: str) -> Path:
     return path
 
 
-def draw_chart(title: str, unit: str, series: dict[str, Sequence[tuple[float, float | None]]]) -> Chart | None:
+def draw_chart(
+    title: str, unit: str, series: dict[str, Sequence[tuple[float, float | None]]], scores: bool = False
+) -> Chart | None:
     """Lines of (step, value) points on shared axes; None when no series has a finite value.
 
-    Missing and non-finite values are gaps. The y axis starts at 0 unless that would flatten the lines, and is 0 to 1
-    where all values lie between.
+    Missing and non-finite values are gaps. The y axis starts at 0 unless that would flatten the lines; of `scores` that
+    lie between 0 and 1 it is all of 0 to 1, so that charts can be compared.
     """
     thinned = {label: _thinned(points) for label, points in series.items()}
     finite = [(x, y) for points in thinned.values() for x, y in points if y is not None]
@@ -157,7 +162,9 @@ def draw_chart(title: str, unit: str, series: dict[str, Sequence[tuple[float, fl
         return None
     x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
     y_low, y_high = min(y for _, y in finite), max(y for _, y in finite)
-    if y_low >= 0 and y_low < 0.6 * y_high:
+    if scores and y_low >= 0 and y_high <= 1:
+        y_low, y_high = 0.0, 1.0
+    elif 0 <= y_low < 0.6 * y_high:
         y_low = 0.0
     y_values = _nice_ticks(y_low, y_high)
     y_low, y_high = min(y_low, y_values[0]), max(y_high, y_values[-1])
@@ -172,7 +179,7 @@ def draw_chart(title: str, unit: str, series: dict[str, Sequence[tuple[float, fl
     for number, (label, points) in enumerate(thinned.items()):
         runs = [[place(x, y) for x, y in run] for run in _unbroken(points)]
         if runs:
-            last = next(y for _, y in reversed(points) if y is not None)
+            last = next(y for _, y in reversed(series[label]) if y is not None and math.isfinite(y))
             paths = ["M" + "L".join(f"{x:g} {y:g}" for x, y in run) for run in runs if len(run) > 1]
             dots = [run[0] for run in runs if len(run) == 1]
             lines.append(Line(label, number % COLOURS, number >= COLOURS, paths, dots, number_text(last)))
@@ -192,7 +199,7 @@ def number_text(value: float) -> str:
             return f"{value / {'B': 1e9, 'M': 1e6, 'k': 1e3}[letter]:.3g}{letter}"
     if size >= 1000:
         return f"{value:.0f}"
-    if size < 1e-3:
+    if size < 2e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.3g}"
@@ -323,7 +330,7 @@ def _evaluation_charts(evals: list[dict]) -> list[Chart]:
                 tasks.setdefault(task, {}).setdefault(f"{group} · {metric}", []).append((entry["step"], value))
         for label, value in (entry.get("loss") or {}).items():
             losses.setdefault(label, []).append((entry["step"], value))
-    charts = [draw_chart(task, "score", series) for task, series in tasks.items()]
+    charts = [draw_chart(task, "score", series, scores=True) for task, series in tasks.items()]
     charts.append(draw_chart("Evaluation loss", "per supervised token", losses))
     return [chart for chart in charts if chart]
 
@@ -381,6 +388,12 @@ def _picture(sample: dict, run_folder: Path) -> Picture:
         said_before=boxes_as_rectangles(sample.get("boxes_before")),
         said_after=boxes_as_rectangles(sample.get("boxes_after")),
     )
+
+
+def _frame(pictures: list[Picture]) -> float:
+    """Width / height all pictures of the gallery are fitted into, so that its rows line up: their median, if not odd."""
+    ratio = statistics.median([picture.width / picture.height for picture in pictures]) if pictures else 1.0
+    return round(min(max(ratio, 0.8), 1.6), 3)
 
 
 def _data_uri(image: str, run_folder: Path) -> str | None:

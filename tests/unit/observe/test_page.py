@@ -175,6 +175,13 @@ def test_a_long_run_stays_small(tmp_path):
     assert "mean of 112 steps" in html
 
 
+def test_the_legend_names_the_last_value_and_scores_share_an_axis():
+    points = [(step, step / 1000) for step in range(1, 501)]
+    chart = draw_chart("f1", "score", {"held-out": points}, scores=True)
+    assert chart.lines[0].last == "0.5"  # not the mean of the last few steps, which is what is drawn
+    assert [tick.label for tick in chart.y_ticks] == ["0", "0.25", "0.5", "0.75", "1"]
+
+
 def test_charts_leave_gaps_for_what_is_missing():
     points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, None), (5, math.inf), (6, 1.0), (7, None), (8, 2.0), (9, 1.0)]
     (line,) = draw_chart("loss", "", {"loss": points}).lines

@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow check bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+# Teach the embedded model 24 concepts it has never seen, from files, and write runs/demo/report.html.
+demo: $(READY)
+	$(BIN)/vlmtune scenes runs/demo-data
+	$(BIN)/vlmtune train demo --restart
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+check: $(READY)
+	$(BIN)/ruff check vlmtune tests benchmarks
+	$(BIN)/ruff format --check vlmtune tests benchmarks
+
+bench: $(READY)
+	$(BIN)/python benchmarks/losses/cross_entropy.py
+
+clean:
+	rm -rf runs

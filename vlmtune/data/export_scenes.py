@@ -1,0 +1,97 @@
+"""The embedded scenes as ordinary files, and as text for a tokenizer.
+
+A written split is what a user would bring: a JSON Lines file of OpenAI-style messages next to a folder of PNG files.
+
+    scenes/train/train.jsonl
+    scenes/train/images/base-train-vqa-17.png
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vlmtune.data.atlas import PHOTOS, Split, atlas
+from vlmtune.data.layout import PLACES
+from vlmtune.data.questions import AXES, NONE
+from vlmtune.data.scenes import TASKS, SceneRecipe
+from vlmtune.types import Boxes, ImageRef, Part, Sample, Text, VlmtuneError
+
+CORPUS_SAMPLES = 800  # per task
+
+
+def write_split(
+    recipe: SceneRecipe, tasks: Sequence[str], split: Split, per_task: int, folder: Path, start: int = 0
+) -> Path:
+    """Writes samples `start` to `start + per_task - 1` of every task; returns the path of the JSON Lines file.
+
+    `folder` appears complete or not at all: everything is written to a temporary folder beside it, which is then
+    renamed. The same arguments give the same bytes. VlmtuneError: the folder exists already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise VlmtuneError(f"{folder} exists already; remove it, or choose another folder for the scenes")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        (unfinished / "images").mkdir()
+        with open(unfinished / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as lines:
+            for task in tasks:
+                for index in range(start, start + per_task):
+                    lines.write(json.dumps(_row(recipe.sample(task, index, split), unfinished)) + "\n")
+        unfinished.chmod(0o755)  # mkdtemp makes it private
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return folder / f"{split}.jsonl"
+
+
+def _row(sample: Sample, folder: Path) -> dict:
+    """The sample as one line of JSON; its images are written into `folder`."""
+    messages = []
+    for turn in sample.turns:
+        messages.append({"role": turn.role, "content": [_part(part, folder) for part in turn.parts]})
+    return {"id": sample.id, "task": sample.task, "messages": messages, "meta": sample.meta}
+
+
+def _part(part: Part, folder: Path) -> dict:
+    match part:
+        case Text(text):
+            return {"type": "text", "text": text}
+        case Boxes(boxes, region):
+            return {"type": "box", "boxes": [list(box) for box in boxes]} | ({"region": True} if region else {})
+        case ImageRef(bytes() as png, str() as id):
+            path = f"images/{id.replace('/', '-')}.png"
+            (folder / path).write_bytes(png)
+            return {"type": "image", "image": path}
+    raise TypeError(f"a scene has no part like {part!r}")
+
+
+def text_corpus() -> Iterator[str]:
+    """Everything a tokenizer for the scenes should have seen, always in the same order.
+
+    All 466 names of the atlas (so that concepts of a later stage are not spelled letter by letter), kinds, photos,
+    places, numbers, times, and questions with their answers.
+    """
+    for concept in atlas().values():
+        yield concept.name
+        yield f"Find {concept.name}."
+        yield f"What kind is {concept.name}? {concept.kind}"
+    for name in PHOTOS["train"] + PHOTOS["val"]:
+        yield name.replace("_", " ")
+    yield from PLACES.values()
+    yield from AXES
+    yield from ("yes", "no", NONE)
+    yield from (str(number) for number in range(100))
+    yield from (f"{hour}:{minute:02d}" for hour in range(1, 13) for minute in range(0, 60, 7))
+    recipe = SceneRecipe("all")
+    for index in range(CORPUS_SAMPLES):
+        for task in TASKS:
+            question = recipe.question(task, index, "train")
+            yield "".join(part.text for part in question.prompt if isinstance(part, Text))
+            if question.answer is not None:
+                yield question.answer

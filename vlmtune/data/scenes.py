@@ -1,0 +1,207 @@
+"""The embedded data set: scenes drawn on demand, with questions and exact answers for five tasks.
+
+    recipe = SceneRecipe("base")
+    sample = recipe.sample("vqa", 17, "train")     # always the same sample, in any process and order
+
+The scenes are composites: real photos, washed out, with one drawing per quadrant (`layout`), or a written string for
+the task "ocr". Questions are in `questions`, pictures in `atlas`.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from random import Random
+
+from PIL import Image, ImageDraw
+
+from vlmtune.data import questions
+from vlmtune.data.atlas import FONTS, ConceptGroup, Split, atlas, bucket, concept_names, font, photo, sprite
+from vlmtune.data.layout import SIZE, Background, Scene, SceneObject, arrange, choose_background
+from vlmtune.data.questions import VQA_FORMS, Question
+from vlmtune.types import ImageRef, Sample, Turn, VlmtuneError
+
+__all__ = ["TASKS", "SceneRecipe", "concept_names", "draw_background", "draw_objects", "draw_writing", "object_mask"]
+
+TASKS = ("caption", "vqa", "ocr", "grounding", "referring")
+VAL_STRINGS = 15  # percent of all strings, kept for validation in the task "ocr"
+LONGEST_STRING = 8  # characters
+FONT_SIZES = (18, 22, 26, 30)
+INKS = ((0, 0, 0), (160, 0, 0), (0, 0, 150), (0, 80, 0))
+WHITE = Image.new("RGB", (SIZE, SIZE), (255, 255, 255))
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A string on a background. `origin` is where FreeType starts to draw, `box` what the ink covers, in pixels."""
+
+    text: str
+    font: str
+    size: int
+    ink: tuple[int, int, int]
+    origin: tuple[int, int]
+    box: tuple[int, int, int, int]
+
+
+def written_words(concepts: ConceptGroup) -> list[str]:
+    """Words that the task "ocr" writes: those of the group's own names for `new`, else of the whole atlas.
+
+    `base` leaves out every word of a `new` name, but spells with the other 370 names of the atlas too: a model that
+    has only ever written 72 names lacks most of the letter groups that the next name is made of.
+    """
+    new = {word for name in concept_names("new") for word in name.split()}
+    if concepts == "new":
+        return sorted(new)
+    words = {word for name in atlas() for word in name.split()}
+    return sorted(words - new if concepts == "base" else words)
+
+
+class SceneRecipe:
+    """Samples without end. `sample` is a pure function of (concepts, split, task, index)."""
+
+    def __init__(self, concepts: ConceptGroup = "base"):
+        if concepts not in ("base", "new", "all"):
+            raise VlmtuneError(f"scenes: concepts must be base, new or all, not {concepts!r}")
+        self.concepts = concepts
+        self.names = concept_names(concepts)
+        self.words = written_words(concepts)
+
+    def sample(self, task: str, index: int, split: Split) -> Sample:
+        """One user turn (PNG image, question), one assistant turn (text, or boxes for "grounding").
+
+        `meta`, ready for JSON: answer (str, or None for boxes), boxes ([[x1, y1, x2, y2]] in pixels: found, referred
+        to, or written in; [] where the task has none), level ("object", "attribute", "relation", "scene"), question
+        (name of the form), objects ([{name, kind, box, where}]), background (name of the photo).
+        VlmtuneError: an unknown task or split, or a negative index.
+        """
+        id, random = self._seed(task, index, split)
+        if task == "ocr":
+            writing, background = self._write(random, split)
+            question = questions.what_is_written(writing.text, writing.box)
+            image, objects = draw_writing(draw_background(background), writing), ()
+        else:
+            scene, question = self._ask(task, random, split)
+            background, objects = scene.background, scene.objects
+            image = draw_objects(draw_background(background), objects)
+        return Sample(
+            id=id,
+            turns=(
+                Turn("user", (ImageRef(_png(image), id), *question.prompt)),
+                Turn("assistant", (question.reply,)),
+            ),
+            task=task,
+            origin=f"scenes:{id}",
+            meta=_meta(question, objects, background),
+        )
+
+    def question(self, task: str, index: int, split: Split) -> Question:
+        """The question and reply of a sample, without drawing it."""
+        _, random = self._seed(task, index, split)
+        if task == "ocr":
+            writing, _ = self._write(random, split)
+            return questions.what_is_written(writing.text, writing.box)
+        return self._ask(task, random, split)[1]
+
+    def mask(self, index: int, split: Split) -> Image.Image:
+        """Which pixels the answer of "referring" sample `index` covers: mode "1", 128 x 128."""
+        _, random = self._seed("referring", index, split)
+        scene, question = self._ask("referring", random, split)
+        return next(object_mask(thing) for thing in scene.objects if thing.box == question.boxes[0])
+
+    def _seed(self, task: str, index: int, split: Split) -> tuple[str, Random]:
+        if task not in TASKS:
+            raise VlmtuneError(f"scenes: unknown task {task!r}; there are {', '.join(TASKS)}")
+        if split not in ("train", "val"):
+            raise VlmtuneError(f"scenes: split must be train or val, not {split!r}")
+        if index < 0:
+            raise VlmtuneError(f"scenes: the index of a sample must not be negative, it is {index}")
+        id = f"{self.concepts}/{split}/{task}/{index}"
+        return id, Random(id)  # a str seed goes through SHA-512: the same on every platform
+
+    def _ask(self, task: str, random: Random, split: Split) -> tuple[Scene, Question]:
+        """A scene, and a question that is clear in it. Scenes where it is not are drawn again."""
+        form = {"caption": questions.caption, "grounding": questions.find, "referring": questions.what_is_in}.get(task)
+        form = form or random.choice(VQA_FORMS[random.choice(list(VQA_FORMS))])
+        copies = (1, 2, 3) if form is questions.count else (1, 1, 1, 2)  # of one concept: counts are equally likely
+        area = "reserved" if form is questions.which_photo and split == "val" else split
+        wanted = random.choice(copies)
+        while True:
+            scene = arrange(random, self.names, split, wanted, area)
+            if question := form(scene, self.names, random):
+                return scene, question
+
+    def _write(self, random: Random, split: Split) -> tuple[Writing, Background]:
+        """A number, a word of a name or a time; strings are disjoint between splits, one font is for validation."""
+        while True:
+            number, hour, minute = random.randint(10, 9999), random.randint(1, 12), random.randint(0, 59)
+            word = random.choice(self.words)
+            text = random.choice((str(number), word, f"{hour}:{minute:02d}"))
+            if len(text) <= LONGEST_STRING and is_val_string(text) == (split == "val"):
+                break
+        family = random.choice(FONTS[split if random.random() < 0.5 else "train"])
+        margin = 2
+        fitting = [size for size in FONT_SIZES if _ink_box(text, family, size)[2] <= SIZE - 2 * margin]
+        size = random.choice(fitting)
+        left, top, right, bottom = _ink_box(text, family, size)
+        x = random.randint(margin, SIZE - margin - (right - left)) - left
+        y = random.randint(margin, SIZE - margin - (bottom - top)) - top
+        box = (x + left, y + top, x + right, y + bottom)
+        # Whiter than behind objects: dark ink on a night sky would not be legible.
+        background = choose_background(random, split, white=(0.6, 0.8))
+        return Writing(text, family, size, random.choice(INKS), (x, y), box), background
+
+
+def is_val_string(text: str) -> bool:
+    """Is this string kept for the validation split of the task "ocr"?"""
+    return bucket("ocr" + text) < VAL_STRINGS
+
+
+def draw_background(background: Background) -> Image.Image:
+    """RGB, 128 x 128."""
+    # Cropped before it is resized, so that no pixel outside the crop can bleed in.
+    square = photo(background.photo).crop(background.crop).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return Image.blend(square, WHITE, background.white)
+
+
+def draw_objects(image: Image.Image, objects: tuple[SceneObject, ...]) -> Image.Image:
+    """The objects on the image, which is changed and returned."""
+    for thing in objects:
+        picture = sprite(thing.name, thing.size).picture
+        image.paste(picture, thing.corner, picture)
+    return image
+
+
+def draw_writing(image: Image.Image, writing: Writing) -> Image.Image:
+    """The string on the image, which is changed and returned."""
+    ImageDraw.Draw(image).text(writing.origin, writing.text, font=font(writing.font, writing.size), fill=writing.ink)
+    return image
+
+
+def object_mask(thing: SceneObject) -> Image.Image:
+    """Mode "1", 128 x 128: the pixels where the object is more than 96/255 opaque."""
+    mask = Image.new("1", (SIZE, SIZE))
+    mask.paste(1, thing.corner, sprite(thing.name, thing.size).mask)
+    return mask
+
+
+def _ink_box(text: str, family: str, size: int) -> tuple[int, int, int, int]:
+    left, top, right, bottom = font(family, size).getbbox(text)
+    return int(left), int(top), int(right), int(bottom)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)  # higher levels cost more time than drawing the scene
+    return buffer.getvalue()
+
+
+def _meta(question: Question, objects: tuple[SceneObject, ...], background: Background) -> dict:
+    described = [asdict(thing) for thing in objects]
+    return {
+        "answer": question.answer,
+        "boxes": [list(box) for box in question.boxes],
+        "level": question.level,
+        "question": question.form,
+        "objects": [{key: row[key] for key in ("name", "kind", "where")} | {"box": list(row["box"])} for row in described],
+        "background": background.photo,
+    }

@@ -1,0 +1,244 @@
+"""What one does with a run besides training it: evaluate, predict, inspect, export."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from vlmtune.adapt.library import merge_adapters
+from vlmtune.adapt.plan import Plan, apply_plan
+from vlmtune.build import build_encoder, build_eval_groups, build_source, build_steps, load_model, policies, resolve_model
+from vlmtune.build import build_settings as _build_settings
+from vlmtune.checkpoint import checkpoints, load_weights
+from vlmtune.config import Config, load_config
+from vlmtune.data.batch import collate
+from vlmtune.data.encode import Encoder
+from vlmtune.evaluate.evaluation import evaluate
+from vlmtune.evaluate.generate import reply
+from vlmtune.models.load import load_processor, save_processor
+from vlmtune.observe.token_view import TokenView, terminal_table, write_token_view
+from vlmtune.run import metrics_table
+from vlmtune.types import Box, Boxes, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
+
+LOGIT_TOLERANCE = 1e-4
+"""Merged and adapter logits in float32: W x + s·B(A x) and (W + s·B A) x differ by rounding of products of size ~10."""
+
+
+@dataclass
+class Loaded:
+    """A model with a checkpoint's weights in it, in eval mode."""
+
+    model: torch.nn.Module
+    encoder: Encoder
+    config: Config
+    model_path: str
+    plan: Plan | None
+
+
+def load_run(run: Path, checkpoint: str) -> Loaded:
+    """The model of a run folder. checkpoint: latest, best, base (untouched), or step_…"""
+    if not (run / "config.yaml").is_file():
+        raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
+    config = load_config(str(run / "config.yaml"))
+    folder = None if checkpoint == "base" else find_checkpoint(run, checkpoint)
+    model_path = resolve_model(config.model)
+    model = load_model(model_path)
+    encoder = build_encoder(model_path, model, config)
+    plan = None
+    if folder is not None:
+        plan = apply_plan(model, policies(config), config.model, config.train.seed)
+        load_weights(folder, model, plan)
+    return Loaded(model.eval(), encoder, config, model_path, plan)
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    folder = run / "checkpoints" / name
+    if not (folder / "state.json").is_file():
+        known = ", ".join(p.name for p in checkpoints(run / "checkpoints")) or "none"
+        raise VlmtuneError(f"{run} has no checkpoint {name!r} (known: latest, best, base, {known}).")
+    return folder
+
+
+def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
+    """Metrics of a checkpoint on the run's held-out groups; prints the table."""
+    loaded = load_run(run, checkpoint)
+    groups = build_eval_groups(loaded.config)
+    if not groups:
+        raise VlmtuneError(f"{run}: its config has no data.eval, so there is nothing to evaluate on.")
+    wish = loaded.config.evaluate
+    result = evaluate(
+        loaded.model, loaded.encoder, groups, limit=None, batch_size=wish.batch_size,
+        max_new_tokens=wish.max_new_tokens if wish.generate else None,
+    )  # fmt: skip
+    nested: dict[str, dict] = {}
+    for name, value in result.metrics.items():
+        place, metric = (name[5:], "loss") if name.startswith("loss/") else (name.rpartition("/")[0], name.rpartition("/")[2])
+        if place:
+            nested.setdefault(place, {})[metric] = {"after": value}
+    console.print(metrics_table(dict(sorted(nested.items()))))
+    return result.metrics
+
+
+def predict(
+    image: Path, prompt: str, model: str, checkpoint: str, region: str | None, max_new_tokens: int
+) -> tuple[str, list[Box]]:
+    """(reply, boxes in original pixels). `[region]` in the prompt stands for `region` "x1,y1,x2,y2"."""
+    if not image.is_file():
+        raise VlmtuneError(f"image {image} does not exist.")
+    if Path(model, "config.yaml").is_file():
+        loaded = load_run(Path(model), checkpoint)
+        network, encoder = loaded.model, loaded.encoder
+    else:
+        path = resolve_model(model)
+        network = load_model(path).eval()
+        config = Config.model_validate({"model": model, "data": {"train": [{"path": "-"}]}, "plan": [{"match": "*", "train": "full"}]})
+        encoder = build_encoder(path, network, config)
+    parts = [ImageRef(image), *_prompt_parts(prompt, region)]
+    sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
+    text = reply(network, encoder, sample, max_new_tokens)
+    geometry = encoder.encode_prompt(sample).geometry[0]
+    return text, encoder.coordinates.parse(text, geometry)
+
+
+def _prompt_parts(prompt: str, region: str | None) -> list[Text | Boxes]:
+    if region is None:
+        return [Text(prompt)]
+    numbers = region.split(",")
+    try:
+        x1, y1, x2, y2 = (float(n) for n in numbers)
+    except ValueError as error:
+        raise VlmtuneError(f"--region {region!r}: write x1,y1,x2,y2 in pixels.") from error
+    before, mark, after = prompt.partition("[region]")
+    if not mark:
+        raise VlmtuneError("--region was given, but the prompt does not say [region]; put it where the box belongs.")
+    return [part for part in (Text(before), Boxes(((x1, y1, x2, y2),), region=True), Text(after)) if part != Text("")]
+
+
+# ---- inspect ----------------------------------------------------------------------------------------------------
+
+
+def inspect_sample(config: Config, sample_id: str | None, page: Path, console: Console) -> Path:
+    """Print and write the token view of one sample: the same encoder and data order as training."""
+    model_path = resolve_model(config.model)
+    model = load_model(model_path)
+    encoder = build_encoder(model_path, model, config)
+    sources = [build_source(source) for source in config.data.train]
+    if sample_id is None:
+        settings = _build_settings(config, [s.size for s in sources], "fp32")
+        steps = build_steps(config, sources, encoder, settings.total_steps)
+        source, row = steps.mixture[0]
+        sample = sources[source][row]
+    else:
+        sample = _find_sample(sources, sample_id)
+    view = token_view(encoder, sample)
+    console.print(terminal_table(view))
+    write_token_view(page, [view])
+    return page
+
+
+def _find_sample(sources, sample_id: str) -> Sample:
+    for source in sources:
+        for index in range(source.size or 0):
+            sample = source[index]
+            if sample.id == sample_id:
+                return sample
+    raise VlmtuneError(f"no sample with id {sample_id!r} in the training files of this config.")
+
+
+def token_view(encoder: Encoder, sample: Sample) -> TokenView:
+    """Everything the token view shows of one sample."""
+    from vlmtune.data.images import load_image
+
+    encoded = encoder.encode(sample)
+    carries = encoded.supervised().tolist()
+    ids = encoded.ids.tolist()
+    pages, boxes = [], []
+    places = [part for turn in sample.turns for part in turn.parts if isinstance(part, Boxes)]
+    for number, (ref, geometry) in enumerate(zip(sample.images, encoded.geometry, strict=True)):
+        image = load_image(ref.source, sample.origin).resize((geometry.resized_width, geometry.resized_height))
+        pages.append(_data_uri(image))
+        sx, sy = geometry.resized_width / geometry.width, geometry.resized_height / geometry.height
+        boxes.append([(x1 * sx, y1 * sy, x2 * sx, y2 * sy) for b in places if b.image == number for x1, y1, x2, y2 in b.boxes])
+    return TokenView(
+        sample_id=sample.id,
+        task=sample.task,
+        pieces=[encoder.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids],
+        ids=ids,
+        kinds=[Kind(k).name.lower() for k in encoded.kinds.tolist()],
+        turns=encoded.turn.tolist(),
+        weights=[1.0 if c else 0.0 for c in carries],
+        images=pages,
+        boxes=boxes,
+        notes=[f"{len(ids)} tokens, {sum(carries)} with loss; from {sample.origin or 'a generated scene'}"],
+    )
+
+
+def _data_uri(image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---- export -----------------------------------------------------------------------------------------------------
+
+
+def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> dict:
+    """Merge adapters into the base, write a plain model folder, reload it and compare logits with the adapter model.
+
+    Raises VlmtuneError when the folder exists, when a merge changes nothing, or when the reloaded logits differ by more
+    than LOGIT_TOLERANCE (relative to the largest logit).
+    """
+    if folder.exists():
+        raise VlmtuneError(f"{folder} exists; export writes a new folder.")
+    loaded = load_run(run, checkpoint)
+    batch = _probe_batch(loaded)
+    with torch.inference_mode():
+        reference = loaded.model(**batch.inputs, use_cache=False).logits
+    merged = merge_adapters(loaded.model)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        loaded.model.save_pretrained(draft)
+        save_processor(load_processor(loaded.model_path), loaded.model_path, draft)
+        again = load_model(str(draft)).eval()
+        with torch.inference_mode():
+            logits = again(**batch.inputs, use_cache=False).logits
+        carries = batch.inputs["attention_mask"].bool()
+        gap = float((logits - reference)[carries].abs().max() / reference[carries].abs().max())
+        if not gap <= LOGIT_TOLERANCE:
+            raise VlmtuneError(
+                f"export: the reloaded model's logits differ from the trained ones by {gap:.2e} (limit {LOGIT_TOLERANCE:g}); "
+                "nothing was exported."
+            )
+        base = load_model(loaded.model_path)
+        before, after = base.state_dict(), again.state_dict()
+        changed = sum(not torch.equal(before[name], after[name]) for name in before)
+        if changed == 0:
+            raise VlmtuneError("export: every tensor equals the base model's; nothing was trained, nothing was exported.")
+        proof = {"run": str(run), "checkpoint": checkpoint, "merged_modules": merged, "changed_tensors": changed,
+                 "tensors": len(before), "relative_logit_gap": gap}  # fmt: skip
+        (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    console.print(
+        f"{folder}: {merged} modules merged, {changed} of {len(before)} tensors changed, reloaded logits agree to {gap:.1e}",
+        highlight=False,
+    )
+    return proof
+
+
+def _probe_batch(loaded: Loaded):
+    """A few training samples of the run, to compare logits on."""
+    source = build_source(loaded.config.data.train[0])
+    samples = [source[i] for i in range(min(4, source.size or 4))]
+    return collate([loaded.encoder.encode(sample) for sample in samples], loaded.encoder.pad_token_id)
