@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench base-weights clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,14 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/losses/cross_entropy.py
+
+# Train the embedded model's projector and language model again (about an hour on one core) and put them into the package.
+base-weights: $(READY)
+	$(BIN)/vlmtune train embedded_base
+	rm -rf build/embedded_base
+	$(BIN)/vlmtune export runs/embedded_base build/embedded_base --checkpoint latest
+	$(BIN)/vlmtune pack-embedded build/embedded_base
+	$(BIN)/python benchmarks/embedded/card.py --run runs/embedded_base --record
 
 clean:
 	rm -rf runs

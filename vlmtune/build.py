@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +49,7 @@ def resolve_model(name: str) -> str:
         from vlmtune.data.corpus import text_corpus
 
         folder = Path(tempfile.mkdtemp(prefix="vlmtune-untrained-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return str(write_untrained(folder, text_corpus(), coordinates("bins").tokens()))
     return name
 

@@ -25,13 +25,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-
 from vlmtune.adapt.library import load_adapter, save_adapter
 from vlmtune.adapt.plan import Plan, load_trained, trained_state
 from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from vlmtune.types import VlmtuneError
 
-FORMAT = 1
+FORMAT = 2  # 1: the same without the checksum of state.json itself
 
 
 @dataclass
@@ -52,7 +51,12 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    folder: Path, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, state: TrainState, fingerprint: str
+    folder: Path,
+    model: torch.nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    fingerprint: str,
 ) -> None:
     """Write `folder` atomically. An existing folder of that name is replaced."""
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -65,23 +69,47 @@ def save_checkpoint(
     save_file(optimizer_tensors(optimizer), draft / "optimizer.safetensors", metadata={"format": "pt"})
     described = {"format": FORMAT, "config": fingerprint, "state": state.__dict__, "rng": rng_state()}
     described["files"] = {str(p.relative_to(draft)): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
+    described["checksum"] = _checksum(described)
     (draft / "state.json").write_text(json.dumps(described, indent=1))
-    for path in [p for p in draft.rglob("*") if p.is_file()] + [draft]:
+    for path in [*draft.rglob("*"), draft]:
         _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        remove_checkpoint(folder)
     os.replace(draft, folder)
     _sync(folder.parent)
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Rename first: a kill in between leaves a hidden folder, never half a checkpoint with a valid name."""
+    doomed = folder.with_name(f".{folder.name}.doomed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left behind: half-written and half-deleted checkpoints, which have hidden names."""
+    for path in [*folder.glob(".step_*.tmp"), *folder.glob(".step_*.doomed")]:
+        shutil.rmtree(path)
+
+
 def read_state(folder: Path) -> dict:
-    """state.json of a checkpoint. Raises VlmtuneError if it is absent or not whole."""
+    """state.json of a checkpoint. Raises VlmtuneError if it is absent, not whole, or of an unknown format."""
     path = folder / "state.json"
     try:
-        return json.loads(path.read_text())
+        described = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise VlmtuneError(f"{folder} is not a checkpoint: {path.name} is missing.") from error
     except ValueError as error:
         raise VlmtuneError(f"{path} is damaged ({error}); use another checkpoint.") from error
+    written_as = described.get("format") if isinstance(described, dict) else None
+    if written_as == 1:
+        return described
+    if written_as != FORMAT:
+        raise VlmtuneError(f"{path} has format {written_as!r}, this vlmtune reads {FORMAT}; use the version that wrote it.")
+    if described.pop("checksum", None) != _checksum(described):
+        raise VlmtuneError(f"{path} is damaged (its checksum differs); use another checkpoint.")
+    return described
 
 
 def load_weights(folder: Path, model: torch.nn.Module, plan: Plan) -> dict:
@@ -185,6 +213,10 @@ def _verify(folder: Path, described: dict) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(described: dict) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

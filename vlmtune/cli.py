@@ -30,7 +30,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…",
 def train(
     config: ConfigName,
     overrides: Overrides = None,
-    restart: Annotated[bool, typer.Option("--restart", help="delete the run folder first instead of continuing")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="delete the run folder first instead of continuing")
+    ] = False,
 ) -> None:
     """Train, or continue a run that was interrupted."""
     from vlmtune.config import load_config
@@ -59,7 +61,9 @@ def predict(
     prompt: Annotated[str, typer.Argument(help="what to ask")],
     model: Annotated[str, typer.Option(help="model folder, hub name, run folder, or embedded")] = "embedded",
     checkpoint: Annotated[str, typer.Option(help="for a run folder: latest, best, step_…")] = "latest",
-    region: Annotated[str | None, typer.Option(help="x1,y1,x2,y2 in pixels: what [region] in the prompt refers to")] = None,
+    region: Annotated[
+        str | None, typer.Option(help="x1,y1,x2,y2 in pixels: what [region] in the prompt refers to")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
     """The reply to one question about one image, with boxes read back to pixels."""
@@ -99,6 +103,34 @@ def export(
 
 
 @app.command()
+def scenes(
+    folder: Annotated[Path, typer.Argument(help="where the files go; nothing is done for a split that is there")],
+    train_per_task: Annotated[
+        int, typer.Option(min=1, help="training samples of each task and new concept group")
+    ] = 1000,
+    val_per_task: Annotated[int, typer.Option(min=1, help="held-out samples of each task")] = 100,
+    start: Annotated[int, typer.Option(min=0, help="number of the first sample of each split")] = 0,
+) -> None:
+    """Write the demo's data as ordinary JSONL + PNG files: 24 new concepts, and replay of the 72 old ones."""
+    from vlmtune.data.export_scenes import write_demo
+
+    for path, rows in write_demo(folder, train_per_task, val_per_task, start):
+        console.print(f"{path}: {rows} conversations", highlight=False)
+
+
+@app.command("pack-embedded", hidden=True)
+def pack_embedded(
+    folder: Annotated[Path, typer.Argument(help="an exported run of the recipe embedded_base")],
+) -> None:
+    """Put a trained embedded model into the package (for maintainers)."""
+    from vlmtune.models.embedded import pack_weights, weights_folder
+
+    target = pack_weights(folder, weights_folder())
+    size = sum(file.stat().st_size for file in target.iterdir())
+    console.print(f"{target}: {size / 1e6:.1f} MB", highlight=False)
+
+
+@app.command()
 def schema() -> None:
     """The JSON Schema of the configuration."""
     from vlmtune.config import Config
@@ -120,7 +152,7 @@ def main() -> None:
     try:
         app()
     except VlmtuneError as error:
-        errors.print(f"[bold red]error:[/] ", end="")
+        errors.print("[bold red]error:[/] ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -28,7 +28,9 @@ class Source(Strict):
     """One stream of samples: a file of conversations (`path`) or the scenes that ship with vlmtune (`scenes`)."""
 
     path: str | None = Field(None, description="JSONL (OpenAI messages) or JSON (LLaVA / ShareGPT) file")
-    image_root: str | None = Field(None, description="folder that relative image paths start from (default: the file's)")
+    image_root: str | None = Field(
+        None, description="folder that relative image paths start from (default: the file's)"
+    )
     scenes: Literal["base", "new", "all"] | None = Field(None, description="endless generated scenes: concept group")
     task: str | None = Field(None, description="task name: which scenes to draw, or the name for rows without one")
     weight: ScheduleValue = Field(1.0, description="share of the mixture; [[progress, weight], …] moves it")
@@ -100,7 +102,9 @@ class Train(Strict):
     @model_validator(mode="after")
     def _divides(self) -> Train:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         return self
 
 
@@ -132,7 +136,9 @@ class Config(Strict):
 
 
 def recipe_names() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("vlmtune.recipes").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("vlmtune.recipes").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:

@@ -1,7 +1,7 @@
 """`vlmtune train`: one run folder from a config, resumable at any moment.
 
-    runs/NAME/ config.yaml environment.json assignment.json history.jsonl dropped.jsonl changed.jsonl report.html
-               summary.json samples.json tensorboard/ checkpoints/step_000100 checkpoints/best checkpoints/latest
+runs/NAME/ config.yaml environment.json assignment.json history.jsonl dropped.jsonl changed.jsonl report.html
+           summary.json samples.json tensorboard/ checkpoints/step_000100 checkpoints/best checkpoints/latest
 """
 
 from __future__ import annotations
@@ -97,13 +97,16 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         )  # fmt: skip
 
     before_file = folder / "before.json"
+    from_step = read_state(checkpoint)["state"]["step"] if checkpoint else 0
+    if checkpoint is None:  # a run killed before its first checkpoint may have had another config
+        before_file.unlink(missing_ok=True)
     if groups and not before_file.exists() and checkpoint is None:
         console.print("evaluation before training …")
         write_text(before_file, json.dumps(evaluation_record(measure(None, config.evaluate.generate))))
 
     observers = [
-        History(folder / "history.jsonl", settings.log_every, read_state(checkpoint)["state"]["step"] if checkpoint else 0),
-        board := TensorBoard(folder / "tensorboard", settings.log_every, 0),
+        History(folder / "history.jsonl", settings.log_every, from_step),
+        board := TensorBoard(folder / "tensorboard", settings.log_every, from_step),
         progress := ProgressLine(console, settings.total_steps, settings.log_every),
         PageWriter(folder, every_seconds=20),
     ]
@@ -307,4 +310,3 @@ def question_text(sample) -> str:
     """The last user turn in words; a region is shown as "[region]"."""
     user = [turn for turn in sample.turns if turn.role == "user"][-1]
     return "".join("[region]" if isinstance(p, Boxes) else getattr(p, "text", "") for p in user.parts).strip()
-

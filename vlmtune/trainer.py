@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from vlmtune.checkpoint import (
     checkpoints,
     load_checkpoint,
     point,
+    remove_checkpoint,
+    remove_leftovers,
     save_checkpoint,
 )
 from vlmtune.losses.objective import Objective
@@ -91,10 +92,15 @@ class Trainer:
         self.device, self.observers, self.evaluate = device, observers, evaluate
         self.groups = plan.groups()
         self.state = TrainState()
+        self._saved_step: int | None = None
 
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where `checkpoint` was written."""
         self.state = load_checkpoint(checkpoint, self.model, self.plan, self.optimizer, self.fingerprint)
+        remove_leftovers(self.folder)
+        point(self.folder / "latest", checkpoint)
+        if self.state.best_step == self.state.step:  # a kill between writing the best checkpoint and naming it
+            point(self.folder / "best", checkpoint)
 
     def fit(self) -> TrainState:
         """Train to the last step; checkpoints and evaluations on the way. Resumes are bit-exact on CPU."""
@@ -110,7 +116,8 @@ class Trainer:
             self._tell("on_step", metrics)
             if settings.eval_every and state.step % settings.eval_every == 0 and state.step < settings.total_steps:
                 self.run_evaluation()
-            if state.step % settings.checkpoint_every == 0 or state.step == settings.total_steps:
+            is_due = state.step % settings.checkpoint_every == 0 or state.step == settings.total_steps
+            if is_due and self._saved_step != state.step:  # the evaluation saves what it finds best
                 self.save()
             arrived = time.perf_counter()
         return state
@@ -150,14 +157,14 @@ class Trainer:
 
     def refuse_not_finite(self, losses: dict[str, Tensor], norms: dict[str, Tensor], batches: list[Batch]) -> None:
         """Stop before the update when a loss or gradient norm is NaN or infinite."""
-        if bool(torch.isfinite(norms["total"])):
+        if bool(torch.isfinite(norms["total"] + sum(losses.values()))):
             return
         bad = [rule for rule, norm in norms.items() if rule != "total" and not bool(torch.isfinite(norm))]
         tasks = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
         ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
         raise VlmtuneError(
-            f"step {self.state.step}: gradient of {', '.join(bad)} is not finite (non-finite loss: {', '.join(tasks) or 'none'}); "
-            f"nothing was updated. Samples of this step: {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}. "
+            f"step {self.state.step + 1}: not finite: gradient of {', '.join(bad) or 'no rule'}, "
+            f"loss of {', '.join(tasks) or 'no task'}; nothing was updated. Samples of this step: {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}. "
             "Lower optim.lr, look at these samples with `vlmtune inspect`, or try train.precision=fp32."
         )
 
@@ -196,16 +203,10 @@ class Trainer:
         kept |= {best.resolve()} if best.exists() else set()
         for old in checkpoints(self.folder):
             if old.resolve() not in kept:
-                _remove(old)
+                remove_checkpoint(old)
+        self._saved_step = self.state.step
         return folder
 
     def _tell(self, event: str, metrics: dict[str, Any]) -> None:
         for observer in self.observers:
             getattr(observer, event)(self.state, metrics)
-
-
-def _remove(folder: Path) -> None:
-    """Rename first: a kill in between leaves a hidden folder, never half a checkpoint with a valid name."""
-    doomed = folder.with_name(f".{folder.name}.doomed")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)

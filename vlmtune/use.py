@@ -15,7 +15,15 @@ from rich.console import Console
 
 from vlmtune.adapt.library import merge_adapters
 from vlmtune.adapt.plan import Plan, apply_plan
-from vlmtune.build import build_encoder, build_eval_groups, build_source, build_steps, load_model, policies, resolve_model
+from vlmtune.build import (
+    build_encoder,
+    build_eval_groups,
+    build_source,
+    build_steps,
+    load_model,
+    policies,
+    resolve_model,
+)
 from vlmtune.build import build_settings as _build_settings
 from vlmtune.checkpoint import checkpoints, load_weights
 from vlmtune.config import Config, load_config
@@ -62,8 +70,10 @@ def load_run(run: Path, checkpoint: str) -> Loaded:
 def find_checkpoint(run: Path, name: str) -> Path:
     folder = run / "checkpoints" / name
     if not (folder / "state.json").is_file():
-        known = ", ".join(p.name for p in checkpoints(run / "checkpoints")) or "none"
-        raise VlmtuneError(f"{run} has no checkpoint {name!r} (known: latest, best, base, {known}).")
+        links = [link for link in ("latest", "best") if (run / "checkpoints" / link).exists()]
+        known = ", ".join([*links, *(p.name for p in checkpoints(run / "checkpoints"))]) or "none"
+        why = " best exists once evaluate.every is set;" if name == "best" else ""
+        raise VlmtuneError(f"{run} has no checkpoint {name!r};{why} pass --checkpoint with one of: {known}.")
     return folder
 
 
@@ -80,7 +90,9 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     )  # fmt: skip
     nested: dict[str, dict] = {}
     for name, value in result.metrics.items():
-        place, metric = (name[5:], "loss") if name.startswith("loss/") else (name.rpartition("/")[0], name.rpartition("/")[2])
+        place, metric = (
+            (name[5:], "loss") if name.startswith("loss/") else (name.rpartition("/")[0], name.rpartition("/")[2])
+        )
         if place:
             nested.setdefault(place, {})[metric] = {"after": value}
     console.print(metrics_table(dict(sorted(nested.items()))))
@@ -99,7 +111,9 @@ def predict(
     else:
         path = resolve_model(model)
         network = load_model(path).eval()
-        config = Config.model_validate({"model": model, "data": {"train": [{"path": "-"}]}, "plan": [{"match": "*", "train": "full"}]})
+        config = Config.model_validate(
+            {"model": model, "data": {"train": [{"path": "-"}]}, "plan": [{"match": "*", "train": "full"}]}
+        )
         encoder = build_encoder(path, network, config)
     parts = [ImageRef(image), *_prompt_parts(prompt, region)]
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
@@ -166,7 +180,9 @@ def token_view(encoder: Encoder, sample: Sample) -> TokenView:
         image = load_image(ref.source, sample.origin).resize((geometry.resized_width, geometry.resized_height))
         pages.append(_data_uri(image))
         sx, sy = geometry.resized_width / geometry.width, geometry.resized_height / geometry.height
-        boxes.append([(x1 * sx, y1 * sy, x2 * sx, y2 * sy) for b in places if b.image == number for x1, y1, x2, y2 in b.boxes])
+        boxes.append(
+            [(x1 * sx, y1 * sy, x2 * sx, y2 * sy) for b in places if b.image == number for x1, y1, x2, y2 in b.boxes]
+        )
     return TokenView(
         sample_id=sample.id,
         task=sample.task,
@@ -223,7 +239,9 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
         before, after = base.state_dict(), again.state_dict()
         changed = sum(not torch.equal(before[name], after[name]) for name in before)
         if changed == 0:
-            raise VlmtuneError("export: every tensor equals the base model's; nothing was trained, nothing was exported.")
+            raise VlmtuneError(
+                "export: every tensor equals the base model's; nothing was trained, nothing was exported."
+            )
         proof = {"run": str(run), "checkpoint": checkpoint, "merged_modules": merged, "changed_tensors": changed,
                  "tensors": len(before), "relative_logit_gap": gap}  # fmt: skip
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))

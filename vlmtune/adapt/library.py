@@ -35,7 +35,9 @@ def inject_lora(model: nn.Module, targets: Mapping[str, LoraTarget], base_name: 
     """
     dropouts = {t.dropout for t in targets.values()}
     if len(dropouts) > 1:
-        raise VlmtuneError(f"plan: LoRA rules with different dropout ({sorted(dropouts)}) cannot share one adapter yet.")
+        raise VlmtuneError(
+            f"plan: LoRA rules with different dropout ({sorted(dropouts)}) cannot share one adapter yet."
+        )
     first = next(iter(targets.values()))
     config = LoraConfig(
         r=first.rank,
@@ -73,7 +75,9 @@ def save_adapter(state: dict[str, Tensor], config: LoraConfig, folder: Path) -> 
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     described = config.to_dict()
     described["target_modules"] = (
-        sorted(described["target_modules"]) if isinstance(described["target_modules"], set) else described["target_modules"]
+        sorted(described["target_modules"])
+        if isinstance(described["target_modules"], set)
+        else described["target_modules"]
     )
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=2, default=str))
 
@@ -85,7 +89,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     expected = adapter_state(model)
     if set(tensors) != set(expected):
         odd = sorted(set(tensors) ^ set(expected))
-        raise VlmtuneError(f"{folder}: adapter tensors do not fit the plan, for example {odd[0]}; was the plan changed?")
+        raise VlmtuneError(
+            f"{folder}: adapter tensors do not fit the plan, for example {odd[0]}; was the plan changed?"
+        )
     wrong = [name for name in tensors if tensors[name].shape != expected[name].shape]
     if wrong:
         raise VlmtuneError(f"{folder}: {wrong[0]} has another shape than the plan's; was the rank changed?")

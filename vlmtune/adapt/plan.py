@@ -8,7 +8,6 @@ from typing import Literal
 from peft import LoraConfig
 from torch import Tensor, nn
 
-
 from vlmtune.adapt.library import LoraTarget, adapter_state, inject_lora
 from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, unreachable_parameters
 from vlmtune.rules import assign
@@ -73,8 +72,11 @@ def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str
     """
     anatomy = anatomy_of(model)
     names = canonical_parameters(model)
-    assignment = assign(rules, names)
     policies = dict(rules)
+    if len(policies) < len(rules):
+        twice = next(pattern for n, (pattern, _) in enumerate(rules) if pattern in [p for p, _ in rules[:n]])
+        raise VlmtuneError(f"plan: two rules for {twice!r}; the second would never apply, remove one.")
+    assignment = assign(rules, names)
     unreachable = unreachable_parameters(model)
 
     targets: dict[str, LoraTarget] = {}
@@ -88,7 +90,9 @@ def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str
         if policy.train == "lora":
             limit = min(module.weight.shape)
             if policy.rank > limit:
-                raise VlmtuneError(f"plan: rank {policy.rank} exceeds {path}'s smaller dimension {limit}; lower the rank.")
+                raise VlmtuneError(
+                    f"plan: rank {policy.rank} exceeds {path}'s smaller dimension {limit}; lower the rank."
+                )
             targets[path] = LoraTarget(policy.rank, policy.alpha, policy.dropout)
     rules_with_targets = {assignment[canonical_name(anatomy, f"{p}.weight")][0] for p in targets}
     for pattern, policy in rules:
@@ -97,7 +101,7 @@ def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str
 
     lora = inject_lora(model, targets, base_name, seed) if targets else None
     after = canonical_parameters(model)
-    rule_of = {name: rule for name, (rule, _) in assign(rules, after).items()}
+    rule_of = {name: assignment[_adapted(name)][0] for name in after}
     for name, parameter in after.items():  # after the injection: peft freezes everything but its adapter
         full = policies[rule_of[name]].train == "full" and name not in unreachable
         parameter.requires_grad_(full or ".lora_" in name)
@@ -117,7 +121,15 @@ def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str
     )
 
 
-def _rows(names: dict[str, nn.Parameter], rule_of: dict[str, str], policies: dict[str, Policy], unreachable) -> list[dict]:
+def _adapted(name: str) -> str:
+    """The parameter an adapter's tensor belongs to, whose rule it follows; any other name is its own."""
+    module, lora, _ = name.partition(".lora_")
+    return f"{module}.weight" if lora else name
+
+
+def _rows(
+    names: dict[str, nn.Parameter], rule_of: dict[str, str], policies: dict[str, Policy], unreachable
+) -> list[dict]:
     """One row per (part, rule): the assignment table of the console, assignment.json and the run page."""
     rows: dict[tuple[str, str], dict] = {}
     for name, parameter in names.items():
@@ -176,5 +188,7 @@ def load_trained(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], where
         raise VlmtuneError(f"{where}: stored tensors do not fit the plan, for example {odd[0]}; was the plan changed?")
     for name, value in tensors.items():
         if current[name].shape != value.shape:
-            raise VlmtuneError(f"{where}: {name} has shape {tuple(value.shape)}, the plan {tuple(current[name].shape)}.")
+            raise VlmtuneError(
+                f"{where}: {name} has shape {tuple(value.shape)}, the plan {tuple(current[name].shape)}."
+            )
         current[name].data.copy_(value)

@@ -28,7 +28,10 @@ from vlmtune.data.grounding import Coordinates
 from vlmtune.data.images import load_image
 from vlmtune.types import Boxes, Encoded, ImageGeometry, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
 
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
+OPEN, CLOSE = (
+    "\ufdd0",
+    "\ufdd1",
+)  # Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
 SENTINEL = re.compile(f"{OPEN}(\\d*){CLOSE}")
 ROLES = ("system", "user", "assistant")
 
@@ -188,7 +191,9 @@ class Encoder:
         plain = Kind.INSTRUCTION if not reply else Kind.RESPONSE if turn.train else Kind.UNTRAINED
         if isinstance(part, Text):
             if OPEN in part.text or CLOSE in part.text:
-                raise VlmtuneError(f"{_where(sample)}: text holds the noncharacters U+FDD0/U+FDD1, which Unicode reserves; remove them.")
+                raise VlmtuneError(
+                    f"{_where(sample)}: text holds the noncharacters U+FDD0/U+FDD1, which Unicode reserves; remove them."
+                )
             return Piece(part.text, plain, index)
         if isinstance(part, Boxes):
             if part.image >= len(images.geometry):
@@ -212,7 +217,9 @@ class Encoder:
         plain = [
             {
                 "role": m["role"],
-                "content": [p if p["type"] == "image" else p | {"text": SENTINEL.sub("", p["text"])} for p in m["content"]],
+                "content": [
+                    p if p["type"] == "image" else p | {"text": SENTINEL.sub("", p["text"])} for p in m["content"]
+                ],
             }
             for m in messages
         ]

@@ -50,6 +50,23 @@ def write_split(
     return folder / f"{split}.jsonl"
 
 
+def write_demo(folder: Path, train_per_task: int, val_per_task: int, start: int = 0) -> Iterator[tuple[Path, int]]:
+    """The four splits of the demo, each (JSON Lines file, rows): new and old concepts, train and val.
+
+    The old concepts' training split is replay, a quarter as large. A split that exists is left as it is.
+    """
+    for group, concepts in (("new", "new"), ("old", "base")):
+        for split, per_task in (
+            ("train", train_per_task if group == "new" else -(-train_per_task // 4)),
+            ("val", val_per_task),
+        ):
+            target = Path(folder) / f"{group}-{split}"
+            path = target / f"{split}.jsonl"
+            if not target.exists():
+                path = write_split(SceneRecipe(concepts), TASKS, split, per_task, target, start)
+            yield path, sum(1 for _ in path.open(encoding="utf-8"))
+
+
 def _row(sample: Sample, folder: Path) -> dict:
     """The sample as one line of JSON; its images are written into `folder`."""
     messages = []

@@ -19,9 +19,7 @@ class Mixture:
     is walked in a fresh permutation every epoch; an endless one is simply walked.
     """
 
-    def __init__(
-        self, sizes: Sequence[int | None], weights: Sequence[Callable[[float], float]], total: int, seed: int
-    ):
+    def __init__(self, sizes: Sequence[int | None], weights: Sequence[Callable[[float], float]], total: int, seed: int):
         self._sizes, self._seed = list(sizes), seed
         rng = np.random.default_rng([seed, 0xD])
         draws = rng.random(total)

@@ -202,6 +202,8 @@ def _meta(question: Question, objects: tuple[SceneObject, ...], background: Back
         "boxes": [list(box) for box in question.boxes],
         "level": question.level,
         "question": question.form,
-        "objects": [{key: row[key] for key in ("name", "kind", "where")} | {"box": list(row["box"])} for row in described],
+        "objects": [
+            {key: row[key] for key in ("name", "kind", "where")} | {"box": list(row["box"])} for row in described
+        ],
         "background": background.photo,
     }

@@ -137,7 +137,9 @@ def _check_turns(sample: Sample, where: str) -> None:
         raise VlmtuneError(f"{where}: no assistant text to learn from; add a reply or remove the row.")
     for number, turn in enumerate(sample.turns, 1):
         if turn.role == "assistant" and turn.train and not _has_reply(turn):
-            raise VlmtuneError(f"{where}: the assistant reply in message {number} is empty; fill it or set train: false.")
+            raise VlmtuneError(
+                f"{where}: the assistant reply in message {number} is empty; fill it or set train: false."
+            )
         if turn.role == "assistant" and any(isinstance(p, ImageRef) for p in turn.parts):
             raise VlmtuneError(f"{where}: message {number} puts an image into an assistant reply; move it to the user.")
 
@@ -170,7 +172,9 @@ def _openai_part(part: Any, place: str, roots: Sequence[Path]) -> Part:
     if kind == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if kind == "image" and isinstance(part.get("image") or part.get("path") or part.get("url"), str):
-        return ImageRef(resolve_image(part.get("image") or part.get("path") or part["url"], place, roots), part.get("id"))
+        return ImageRef(
+            resolve_image(part.get("image") or part.get("path") or part["url"], place, roots), part.get("id")
+        )
     if kind == "image_url":
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
@@ -208,7 +212,9 @@ def _sharegpt_turns(row: dict, where: str, roots: Sequence[Path]) -> list[Turn]:
         messages.append((_role(speaker, place), value, _train_flag(message, place)))
     marks = sum(value.count(PLACEHOLDER) for role, value, _ in messages if role == "user")
     if marks != len(names):
-        raise VlmtuneError(f"{where}: {marks} {PLACEHOLDER} marks in user text, but {len(names)} images; make them equal.")
+        raise VlmtuneError(
+            f"{where}: {marks} {PLACEHOLDER} marks in user text, but {len(names)} images; make them equal."
+        )
     images = iter(names)
     turns = []
     for number, (role, value, train) in enumerate(messages, 1):
@@ -216,7 +222,9 @@ def _sharegpt_turns(row: dict, where: str, roots: Sequence[Path]) -> list[Turn]:
         for n, piece in enumerate(value.split(PLACEHOLDER) if role == "user" else [value]):
             if n:
                 parts.append(ImageRef(resolve_image(next(images), f"{where}: message {number}", roots)))
-                piece = piece.removeprefix("\n")  # LLaVA writes "<image>\n"; line breaks around images are the template's
+                piece = piece.removeprefix(
+                    "\n"
+                )  # LLaVA writes "<image>\n"; line breaks around images are the template's
             if piece:
                 parts.append(Text(piece))
         turns.append(Turn(role, tuple(parts), train))
@@ -252,7 +260,9 @@ def resolve_image(name: str, place: str, roots: Sequence[Path]) -> Path | bytes:
     tried = [path] if path.is_absolute() else [root / path for root in roots]
     for root, candidate in zip(roots, tried, strict=False):
         if not path.is_absolute() and not os.path.realpath(candidate).startswith(os.path.realpath(root) + os.sep):
-            raise VlmtuneError(f"{place}: image path {name} leaves its folder {root}; name the right image_root instead.")
+            raise VlmtuneError(
+                f"{place}: image path {name} leaves its folder {root}; name the right image_root instead."
+            )
     for candidate in tried:
         if candidate.is_file():
             return candidate

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.sources import SampleSource

@@ -25,7 +25,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
-        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=_wide(weight), device=hidden.device)
         directions = torch.empty_like(hidden)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
@@ -46,7 +46,7 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
-        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=_wide(weight), device=hidden.device)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             losses[part] = _nll(_logits(hidden[part], weight, bias), targets[part])
@@ -58,8 +58,8 @@ class _TrainableHead(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         hidden, weight, bias, targets = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        d_weight = torch.zeros_like(weight, dtype=_wide(weight))
+        d_bias = torch.zeros_like(bias, dtype=_wide(weight)) if bias is not None else None
         for start in range(0, len(targets), ctx.rows):
             part = slice(start, start + ctx.rows)
             d_logits = _minus_onehot(_logits(hidden[part], weight, bias), targets[part])
@@ -68,14 +68,19 @@ class _TrainableHead(torch.autograd.Function):
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
             d_hidden[part] = (d_logits @ weight).to(hidden.dtype)
-            d_weight += (d_logits.T @ hidden[part].to(weight.dtype)).float()
+            d_weight += d_logits.T @ hidden[part].to(weight.dtype)
         return d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype) if bias is not None else None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """float32[n, V]; the product runs in the weight's dtype."""
-    logits = (hidden.to(weight.dtype) @ weight.T).float()
-    return logits if bias is None else logits + bias.float()
+    """float32[n, V] (float64 for a float64 weight); the product runs in the weight's dtype."""
+    logits = (hidden.to(weight.dtype) @ weight.T).to(_wide(weight))
+    return logits if bias is None else logits + bias.to(logits.dtype)
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """What losses and sums are kept in: float32, or the weight's own dtype if that is wider."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -111,7 +116,9 @@ def token_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, rows: 
             return function.apply(hidden, weight, bias, targets, rows)
     rows = rows or max(1, chunk_rows(head.base_layer.out_features if hasattr(head, "base_layer") else 65536))
     chunks = [
-        checkpoint(lambda h, t: _nll(head(h).float(), t), hidden[i : i + rows], targets[i : i + rows], use_reentrant=False)
+        checkpoint(
+            lambda h, t: _nll(head(h).float(), t), hidden[i : i + rows], targets[i : i + rows], use_reentrant=False
+        )
         for i in range(0, len(targets), rows)
     ]
     return torch.cat(chunks)

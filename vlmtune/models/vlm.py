@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmtune.types import Batch, supervised_mask
+from vlmtune.types import Batch, VlmtuneError, supervised_mask
 
 
 @dataclass
@@ -30,6 +30,12 @@ class VLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
+        text = model.config.get_text_config()
+        if model.config.model_type == "paligemma" and getattr(text, "final_logit_softcapping", None) is not None:
+            raise VlmtuneError(
+                "this PaliGemma caps its logits (final_logit_softcapping, PaliGemma 2), which the loss does not do yet; "
+                "use a PaliGemma 1 model."
+            )
         self.model = model
 
     @property

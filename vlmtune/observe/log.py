@@ -20,6 +20,7 @@ class History:
         self.path, self.log_every = path, log_every
         self._since: list[dict[str, Any]] = []
         keep_until(path, from_step)
+        self._evaluated = {record["step"] for record in read_history(path) if record["kind"] == "eval"}
 
     def on_step(self, state, metrics: dict[str, Any]) -> None:
         self._since.append(metrics)
@@ -29,7 +30,9 @@ class History:
         self._since = []
 
     def on_eval(self, state, metrics: dict[str, Any]) -> None:
-        self._append(eval_record(state, metrics))
+        if state.step not in self._evaluated:  # a finished run that is started again evaluates its end once more
+            self._append(eval_record(state, metrics))
+            self._evaluated.add(state.step)
 
     def _append(self, record: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -168,7 +171,7 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
-    """"1:02:03" or "4:05"."""
+    """ "1:02:03" or "4:05"."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(int(seconds), 60)

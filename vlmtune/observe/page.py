@@ -302,7 +302,7 @@ def _training_charts(train: list[dict]) -> list[Chart]:
         return {key: [(entry["step"], entry.get(key)) for entry in train]}
 
     def several(key: str) -> dict[str, list]:
-        labels = {label: None for entry in train for label in entry.get(key) or {}}
+        labels = sorted({label for entry in train for label in entry.get(key) or {}})  # the same colours in every run
         # A task that is not in every batch is no gap in its line, so only the steps that have it count.
         return {
             label: [(entry["step"], entry[key][label]) for entry in train if label in (entry.get(key) or {})]
@@ -391,7 +391,7 @@ def _picture(sample: dict, run_folder: Path) -> Picture:
 
 
 def _frame(pictures: list[Picture]) -> float:
-    """Width / height all pictures of the gallery are fitted into, so that its rows line up: their median, if not odd."""
+    """Width / height of the frame around every picture, so that rows line up: the median, unless that is extreme."""
     ratio = statistics.median([picture.width / picture.height for picture in pictures]) if pictures else 1.0
     return round(min(max(ratio, 0.8), 1.6), 3)
 

@@ -11,7 +11,10 @@ def gradient_norms(groups: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
     norms = {}
     for name, parameters in groups.items():
         grads = [p.grad for p in parameters if p.grad is not None]
-        norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float()) if grads else torch.zeros(())
+        if grads:
+            norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
+        else:  # a step whose data did not reach these parameters
+            norms[name] = torch.zeros((), device=parameters[0].device)
     return norms
 
 

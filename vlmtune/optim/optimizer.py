@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmtune.types import VlmtuneError
+
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
 
 def build_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     """groups: {"params", "names", "rule", "lr", "weight_decay"} each; the initial lr is kept as "peak_lr"."""
@@ -31,9 +35,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`, in place."""
+    """Inverse of `optimizer_tensors`, in place. Raises VlmtuneError for a tensor of a parameter that does not train.
+
+    The moments go to the parameter's device; the step counters stay on the CPU, where AdamW keeps them.
+    """
+    left = dict(flat)
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                key: flat[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in flat
-            }
+            state = {key: left.pop(f"{name}/{key}").clone() for key in STATE_KEYS if f"{name}/{key}" in left}
+            moments = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
+            optimizer.state[parameter] = state | moments
+    if left:
+        raise VlmtuneError(f"optimizer state of {next(iter(left))} fits no trained parameter; was the plan changed?")

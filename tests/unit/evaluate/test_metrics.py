@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmtune.evaluate.metrics import (
@@ -85,6 +85,7 @@ boxes_strategy = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(predicted=boxes_strategy, target=boxes_strategy)
 def test_matching_beats_every_other_assignment(predicted, target):
     pairs = match_boxes(predicted, target)
