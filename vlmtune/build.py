@@ -19,7 +19,7 @@ from vlmtune.data.loader import Steps, load_steps
 from vlmtune.data.mixture import Mixture
 from vlmtune.data.sources import FileSource, SampleSource, SceneSource
 from vlmtune.models.anatomy import anatomy_of
-from vlmtune.models.embedded import weights_folder, write_embedded, write_untrained
+from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.schedule import Length, cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings
@@ -42,8 +42,8 @@ def cache_folder() -> Path:
 def resolve_model(name: str) -> str:
     """A model name as the user wrote it -> a folder or hub name that plain `from_pretrained` loads."""
     if name == EMBEDDED:
-        stamp = (weights_folder() / "projector_and_language.safetensors").stat() if weights_folder().exists() else None
-        tag = f"{stamp.st_size:x}-{int(stamp.st_mtime):x}" if stamp else "absent"
+        # named by content: a folder assembled from other weights can never be taken for this one
+        tag = embedded_digest()[:12]
         return str(write_embedded(cache_folder() / f"embedded-{tag}"))
     if name == EMBEDDED_UNTRAINED:
         from vlmtune.data.corpus import text_corpus

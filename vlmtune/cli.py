@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vlmtune.types import VlmtuneError
+from vlmtune.errors import VlmtuneError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Supervised fine-tuning of vision-language models that shows its evidence.",
 )
-console = Console()
+# a log file has no width of its own; tables need about 110 columns
+console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a .yaml file or the name of a shipped recipe")]

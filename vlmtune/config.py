@@ -6,18 +6,35 @@ A file is YAML; `key=value` on the command line overrides one leaf (`optim.lr=1e
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vlmtune.types import VlmtuneError
+from vlmtune.errors import VlmtuneError
+from vlmtune.schedule import Length, piecewise
 
 Task = Literal["caption", "vqa", "ocr", "grounding", "referring"]
-ScheduleValue = float | list[tuple[float, float]]
+
+
+def _checked(parse: Callable[[Any], Any]) -> AfterValidator:
+    """Let `parse` complain while the config is read, with the key in front, instead of in the middle of a run."""
+
+    def check(value: Any) -> Any:
+        try:
+            parse(value)
+        except VlmtuneError as error:
+            raise ValueError(str(error).rstrip(".")) from error
+        return value
+
+    return AfterValidator(check)
+
+
+ScheduleValue = Annotated[float | list[tuple[float, float]], _checked(piecewise)]
+LengthValue = Annotated[str | float, _checked(Length.parse)]
 
 
 class Strict(BaseModel):
@@ -85,12 +102,12 @@ class Optim(Strict):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, gt=0, description="global gradient norm")
-    warmup: str | float = Field("3%", description="length: steps, epochs, samples or %")
+    warmup: LengthValue = Field("3%", description="length: steps, epochs, samples or %")
     floor: float = Field(0.1, ge=0, le=1, description="the cosine ends at floor x lr")
 
 
 class Train(Strict):
-    length: str | float = Field("1 epochs", description="steps, epochs or samples")
+    length: LengthValue = Field("1 epochs", description="steps, epochs or samples")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
     micro_batch_size: int = Field(8, ge=1, description="samples per forward")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
@@ -109,14 +126,14 @@ class Train(Strict):
 
 
 class Checkpoint(Strict):
-    every: str | float = Field("500 steps", description="steps, epochs or samples")
+    every: LengthValue = Field("500 steps", description="steps, epochs or samples")
     keep: int = Field(2, ge=1, description="newest periodic checkpoints kept, besides best and latest")
     best: str = Field("loss", description='"loss", or a metric "group/task/metric"')
     best_is: Literal["lowest", "highest"] = "lowest"
 
 
 class Evaluate(Strict):
-    every: str | float | None = Field(None, description="steps, epochs or samples (default: only before and after)")
+    every: LengthValue | None = Field(None, description="steps, epochs or samples (default: only before and after)")
     generate: bool = Field(True, description="generate replies and score them, besides the loss")
     limit: int | None = Field(None, ge=1, description="samples per source during training (before and after: all)")
     batch_size: int = Field(32, ge=1)
@@ -150,7 +167,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise VlmtuneError(f"config {name} does not exist; recipes that ship: {', '.join(recipe_names())}.")
-        text, where = path.read_text(), name
+        try:
+            text, where = path.read_text(encoding="utf-8"), name
+        except (OSError, UnicodeDecodeError) as error:
+            raise VlmtuneError(f"config {name} cannot be read ({error}); it is a YAML file in UTF-8.") from error
     elif name in recipe_names():
         text, where = (resources.files("vlmtune.recipes") / f"{name}.yaml").read_text(), f"recipe {name}"
     else:
@@ -222,7 +242,10 @@ def _apply_override(tree: Any, override: str) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    value = yaml.safe_load(text) if text else ""
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text  # "*" alone is an alias in YAML and a pattern here
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)

@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from vlmtune.types import VlmtuneError
+from vlmtune.errors import VlmtuneError
 
 Value = TypeVar("Value")
 _RANGE = re.compile(r"\[(\d*):(\d*)\]")
 
 
 def compile_pattern(pattern: str) -> re.Pattern:
-    """`*` matches anything, `layers[4:8]` is `layers.4` … `layers.7`, the rest is literal; `language` covers all below it."""
+    """`*` is anything, `layers[4:8]` is `layers.4` … `layers.7`, the rest literal; `language` covers all below it."""
     out = []
     position = 0
     for match in _RANGE.finditer(pattern):
@@ -56,6 +56,8 @@ def assign(rules: Sequence[tuple[str, Value]], names: Iterable[str]) -> dict[str
     missing = [name for name in names if name not in result]
     if missing:
         complaints.append(f"no rule covers {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    patterns = [pattern for pattern, _ in rules]
+    complaints += [f"rule {p!r} is written twice" for p in dict.fromkeys(patterns) if patterns.count(p) > 1]
     used = {pattern for pattern, _ in result.values()}
     for pattern, regex, _ in compiled:
         if pattern in used:

@@ -75,6 +75,8 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         model.activation_checkpointing_enable()
     model.to(device)
 
+    if restart and folder.exists():  # only now: whatever is wrong with the new config, the old run is still there
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
     write_text(folder / "assignment.json", json.dumps(plan.rows, indent=1))
@@ -94,6 +96,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         return evaluate(
             model, encoder, groups, limit=limit, batch_size=config.evaluate.batch_size,
             max_new_tokens=config.evaluate.max_new_tokens if generate else None,
+            precision=precision,
         )  # fmt: skip
 
     before_file = folder / "before.json"
@@ -144,16 +147,15 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
 
 
 def prepare_folder(folder: Path, fingerprint: str, restart: bool) -> Path | None:
-    """Check that the run folder can be used; returns the checkpoint to continue from."""
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if restart and folder.exists():
-        if any(folder.iterdir()) and not (folder / "config.yaml").exists():
-            raise VlmtuneError(f"{folder} is not a run folder of vlmtune; --restart deletes only those.")
-        shutil.rmtree(folder)
-        checkpoint = None
+    """Check that the run folder can be used, and change nothing; returns the checkpoint to continue from."""
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise VlmtuneError(f"run folder {folder} cannot be written ({existing} is not a writable folder); set run=… .")
+    if restart:
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+            raise VlmtuneError(f"{folder} is not a run folder of vlmtune; --restart deletes only those.")
+        return None
+    checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is not None and read_state(checkpoint)["config"] != fingerprint:
         raise VlmtuneError(
             f"{folder} holds a run of another config; give this one another folder (run=…), or delete that run "
@@ -298,7 +300,7 @@ def gallery(folder: Path, before: dict | None, after: Evaluation, count: int) ->
         entries.append(
             {
                 "image": name, "group": scored.group, "task": scored.sample.task, "question": question_text(scored.sample),
-                "reference": reference_text(last), "before": reply, "after": scored.reply,
+                "reference": reference_text(last) or f"{len(truth)} box" + "es" * (len(truth) != 1), "before": reply, "after": scored.reply,
                 "boxes_true": truth or asked, "boxes_before": boxes, "boxes_after": [list(b) for b in scored.boxes],
                 "width": image.width, "height": image.height,
             }

@@ -5,30 +5,41 @@ Progress is a number in [0, 1]: steps done / steps in all.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmtune.types import VlmtuneError
+from vlmtune.errors import VlmtuneError
 
 Steps = float | Sequence[Sequence[float]]
 """A number, or [[from progress, value], …]: each value holds until the next boundary."""
 
 
-def piecewise(value: Steps) -> Callable[[float], float]:
-    """Progress -> value. `[[0, 1], [0.3, 0.5]]` is 1 before 30% of training and 0.5 from there on."""
-    if isinstance(value, (int, float)):
-        return lambda progress: float(value)
-    points = [(float(start), float(v)) for start, v in value]
-    starts = [start for start, _ in points]
-    if not points or starts[0] != 0 or starts != sorted(starts) or starts[-1] > 1:
-        raise VlmtuneError(f"schedule {value}: boundaries must start at 0, rise, and stay within 1.")
+@dataclass(frozen=True)
+class Piecewise:
+    """Progress -> value: `values[n]` holds from progress `starts[n]` to the next start."""
 
-    def at(progress: float) -> float:
-        return next(v for start, v in reversed(points) if progress >= start)
+    starts: tuple[float, ...]
+    values: tuple[float, ...]
 
-    return at
+    def __call__(self, progress: float) -> float:
+        return self.values[bisect.bisect_right(self.starts, progress) - 1]
+
+
+def piecewise(value: Steps) -> Piecewise:
+    """`[[0, 1], [0.3, 0.5]]` is 1 before 30% of training and 0.5 from there on; a number holds throughout."""
+    points = [(0.0, value)] if isinstance(value, (int, float)) else value
+    starts = tuple(float(start) for start, _ in points)
+    values = tuple(float(v) for _, v in points)
+    rises = all(low < high for low, high in zip(starts, starts[1:], strict=False))
+    if not starts or starts[0] != 0 or not rises or starts[-1] > 1 or not all(map(math.isfinite, values)):
+        raise VlmtuneError(
+            f"schedule {value}: write [[0, value], [progress, value], …] with finite values and boundaries that start "
+            "at 0, rise, and stay within 1."
+        )
+    return Piecewise(starts, values)
 
 
 _LENGTH = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(steps?|epochs?|samples?|%)?\s*")

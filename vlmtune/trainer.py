@@ -97,14 +97,16 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where `checkpoint` was written."""
         self.state = load_checkpoint(checkpoint, self.model, self.plan, self.optimizer, self.fingerprint)
-        remove_leftovers(self.folder)
-        point(self.folder / "latest", checkpoint)
-        if self.state.best_step == self.state.step:  # a kill between writing the best checkpoint and naming it
-            point(self.folder / "best", checkpoint)
+        written = self.folder / checkpoint_name(self.state.step)
+        if written.is_dir():  # a kill may have come between writing it and naming it
+            point(self.folder / "latest", written)
+            if self.state.best_step == self.state.step:
+                point(self.folder / "best", written)
 
     def fit(self) -> TrainState:
         """Train to the last step; checkpoints and evaluations on the way. Resumes are bit-exact on CPU."""
         settings, state = self.settings, self.state
+        remove_leftovers(self.folder)
         set_training_mode(self.model)
         before = state.seconds
         started = arrived = time.perf_counter()
@@ -162,9 +164,10 @@ class Trainer:
         bad = [rule for rule, norm in norms.items() if rule != "total" and not bool(torch.isfinite(norm))]
         tasks = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
         ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
+        shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
         raise VlmtuneError(
             f"step {self.state.step + 1}: not finite: gradient of {', '.join(bad) or 'no rule'}, "
-            f"loss of {', '.join(tasks) or 'no task'}; nothing was updated. Samples of this step: {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}. "
+            f"loss of {', '.join(tasks) or 'no task'}; nothing was updated. Samples of this step: {shown}. "
             "Lower optim.lr, look at these samples with `vlmtune inspect`, or try train.precision=fp32."
         )
 

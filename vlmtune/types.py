@@ -13,12 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
-class VlmtuneError(Exception):
-    """Something the user can mend. The message is one clear sentence: what, where, remedy.
-
-    The command line prints it without a traceback and exits with code 1.
-    """
+from vlmtune.errors import VlmtuneError as VlmtuneError
 
 
 class Kind(IntEnum):

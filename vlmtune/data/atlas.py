@@ -56,7 +56,7 @@ class Sprite:
 
 
 def bucket(text: str, buckets: int = 100) -> int:
-    """A number in [0, buckets) that depends on nothing but the text; Python's `hash` changes from process to process."""
+    """A number in [0, buckets) that depends on the text alone; Python's `hash` changes from process to process."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % buckets
 
 

@@ -25,5 +25,6 @@ def text_corpus() -> Iterator[str]:
     recipe = SceneRecipe("all")
     for task in TASKS:
         for index in range(SENTENCES_PER_TASK):
-            for turn in recipe.sample(task, index, "train").turns:
-                yield "".join(part.text for part in turn.parts if isinstance(part, Text))
+            question = recipe.question(task, index, "train")
+            yield "".join(part.text for part in question.prompt if isinstance(part, Text))
+            yield question.answer or ""

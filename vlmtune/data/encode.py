@@ -28,10 +28,8 @@ from vlmtune.data.grounding import Coordinates
 from vlmtune.data.images import load_image
 from vlmtune.types import Boxes, Encoded, ImageGeometry, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
 
-OPEN, CLOSE = (
-    "\ufdd0",
-    "\ufdd1",
-)  # Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
+# Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
 SENTINEL = re.compile(f"{OPEN}(\\d*){CLOSE}")
 ROLES = ("system", "user", "assistant")
 
@@ -191,16 +189,17 @@ class Encoder:
         plain = Kind.INSTRUCTION if not reply else Kind.RESPONSE if turn.train else Kind.UNTRAINED
         if isinstance(part, Text):
             if OPEN in part.text or CLOSE in part.text:
-                raise VlmtuneError(
-                    f"{_where(sample)}: text holds the noncharacters U+FDD0/U+FDD1, which Unicode reserves; remove them."
-                )
+                raise VlmtuneError(f"{_where(sample)}: text holds U+FDD0 or U+FDD1, reserved by Unicode; remove them.")
             return Piece(part.text, plain, index)
         if isinstance(part, Boxes):
             if part.image >= len(images.geometry):
                 raise VlmtuneError(
                     f"{_where(sample)}: a box refers to image {part.image}, but the sample has {len(images.geometry)}."
                 )
-            text = self.coordinates.render(part.boxes, images.geometry[part.image], part.region)
+            try:
+                text = self.coordinates.render(part.boxes, images.geometry[part.image], part.region)
+            except VlmtuneError as error:
+                raise VlmtuneError(f"{_where(sample)}: {error}") from error
             return Piece(text, Kind.BOX if plain == Kind.RESPONSE else plain, index, control=True)
         raise VlmtuneError(f"{_where(sample)}: unknown content part {type(part).__name__}.")
 
@@ -362,7 +361,7 @@ def _has_content(turn: Turn) -> bool:
 
 
 def _control_tokens(tokenizer, chat_template: str, coordinate_tokens: list[str]) -> dict[str, int]:
-    """Added tokens that steer the model: special ones, those the chat template writes, coordinates (not white space)."""
+    """Added tokens that steer the model: special ones, those of the chat template, coordinates (not white space)."""
     return {
         token.content: index
         for index, token in tokenizer.added_tokens_decoder.items()

@@ -1,4 +1,4 @@
-"""The embedded scenes as ordinary files, and as text for a tokenizer.
+"""The embedded scenes as ordinary files.
 
 A written split is what a user would bring: a JSON Lines file of OpenAI-style messages next to a folder of PNG files.
 
@@ -14,13 +14,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vlmtune.data.atlas import PHOTOS, Split, atlas
-from vlmtune.data.layout import PLACES
-from vlmtune.data.questions import AXES, NONE
+from vlmtune.data.atlas import Split
 from vlmtune.data.scenes import TASKS, SceneRecipe
 from vlmtune.types import Boxes, ImageRef, Part, Sample, Text, VlmtuneError
-
-CORPUS_SAMPLES = 800  # per task
 
 
 def write_split(
@@ -86,29 +82,3 @@ def _part(part: Part, folder: Path) -> dict:
             (folder / path).write_bytes(png)
             return {"type": "image", "image": path}
     raise TypeError(f"a scene has no part like {part!r}")
-
-
-def text_corpus() -> Iterator[str]:
-    """Everything a tokenizer for the scenes should have seen, always in the same order.
-
-    All 466 names of the atlas (so that concepts of a later stage are not spelled letter by letter), kinds, photos,
-    places, numbers, times, and questions with their answers.
-    """
-    for concept in atlas().values():
-        yield concept.name
-        yield f"Find {concept.name}."
-        yield f"What kind is {concept.name}? {concept.kind}"
-    for name in PHOTOS["train"] + PHOTOS["val"]:
-        yield name.replace("_", " ")
-    yield from PLACES.values()
-    yield from AXES
-    yield from ("yes", "no", NONE)
-    yield from (str(number) for number in range(100))
-    yield from (f"{hour}:{minute:02d}" for hour in range(1, 13) for minute in range(0, 60, 7))
-    recipe = SceneRecipe("all")
-    for index in range(CORPUS_SAMPLES):
-        for task in TASKS:
-            question = recipe.question(task, index, "train")
-            yield "".join(part.text for part in question.prompt if isinstance(part, Text))
-            if question.answer is not None:
-                yield question.answer

@@ -30,10 +30,17 @@ def load_image(source: Path | bytes, where: str) -> Image.Image:
                 "shrink it first."
             )
         image.load()
+        image = _upright_rgb(image)
+    except VlmtuneError:
+        raise
     except FileNotFoundError as error:
         raise VlmtuneError(f"{where}: image {name} does not exist.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise whatever the damage leads to: struct.error, IndexError, …
         raise VlmtuneError(f"{where}: image {name} cannot be decoded ({error}); replace or remove it.") from error
+    return image
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: Pillow would clip at 255 instead of scaling
         image = image.convert("I").point(lambda value: value / 257).convert("L")

@@ -5,21 +5,23 @@ The whole schedule of a run is drawn once: one byte per sample for its source, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from vlmtune.types import VlmtuneError
+from vlmtune.errors import VlmtuneError
+from vlmtune.schedule import Piecewise
 
 
 class Mixture:
     """Order of `total` samples over several sources.
 
-    sizes: rows of each source, None for one without end; weights: progress -> share, one per source. A finite source
-    is walked in a fresh permutation every epoch; an endless one is simply walked.
+    sizes: rows of each source, None for one without end; weights: the share of each source over progress. A finite
+    source is walked in a fresh permutation every epoch; an endless one is simply walked.
     """
 
-    def __init__(self, sizes: Sequence[int | None], weights: Sequence[Callable[[float], float]], total: int, seed: int):
+    def __init__(self, sizes: Sequence[int | None], weights: Sequence[Piecewise], total: int, seed: int):
         self._sizes, self._seed = list(sizes), seed
         rng = np.random.default_rng([seed, 0xD])
         draws = rng.random(total)
@@ -59,17 +61,25 @@ class Mixture:
         return self._permutations[key]
 
 
-def _piecewise_shares(weights: Sequence[Callable[[float], float]], total: int) -> tuple[list[np.ndarray], list[int]]:
+def _piecewise_shares(weights: Sequence[Piecewise], total: int) -> tuple[list[np.ndarray], list[int]]:
     """Stretches of constant shares: (shares of each stretch, first sample of each stretch)."""
     shares: list[np.ndarray] = []
     starts: list[int] = []
-    for k in range(total):
+    for k in sorted({_first_sample(start, total) for weight in weights for start in weight.starts} - {total}):
         now = np.array([weight(k / total) for weight in weights], dtype=np.float64)
         if now.min() < 0 or now.sum() <= 0:
-            raise VlmtuneError(f"data.train: weights at {100 * k / total:.0f}% of training are {now.tolist()}; "
-                               "they must be >= 0 with a positive sum.")  # fmt: skip
-        now /= now.sum()
-        if not shares or not np.array_equal(now, shares[-1]):
-            shares.append(now)
-            starts.append(k)
+            raise VlmtuneError(
+                f"data.train: weights at {100 * k / total:.0f}% of training are {now.tolist()}; they must be >= 0 with "
+                "a positive sum."
+            )
+        shares.append(now / now.sum())
+        starts.append(k)
     return shares, starts
+
+
+def _first_sample(start: float, total: int) -> int:
+    """The smallest k with k / total >= start, in the arithmetic in which a sample asks for its weights."""
+    k = max(0, math.ceil(start * total) - 1)
+    while k < total and k / total < start:
+        k += 1
+    return k

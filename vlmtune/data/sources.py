@@ -7,8 +7,8 @@ schema inference (PAINS 22).
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +21,7 @@ from vlmtune.data.scenes import SceneRecipe
 from vlmtune.types import Boxes, ImageRef, Part, Sample, Text, Turn, VlmtuneError
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+LONGEST_PATH = 4096  # bytes a Linux kernel takes; longer "paths" are image bytes somebody pasted
 PLACEHOLDER = "<image>"  # of the LLaVA and ShareGPT formats only; there it is markup by definition of the format
 
 
@@ -119,7 +120,7 @@ def parse_row(row: Any, origin: str, roots: Sequence[Path], task: str, default_i
     """A row of any known format. Raises VlmtuneError naming `origin` and what is wrong with the row."""
     if not isinstance(row, dict):
         raise VlmtuneError(f"{origin}: a row is a JSON object, this is {type(row).__name__}.")
-    sample_id = str(row.get("id", default_id))
+    sample_id = default_id if row.get("id") is None else str(row["id"])
     where = f"{origin} (sample {sample_id})"
     if "messages" in row:
         turns = _openai_turns(row["messages"], where, roots)
@@ -127,8 +128,10 @@ def parse_row(row: Any, origin: str, roots: Sequence[Path], task: str, default_i
         turns = _sharegpt_turns(row, where, roots)
     else:
         raise VlmtuneError(f"{where}: a row needs 'messages' (OpenAI) or 'conversations' (LLaVA, ShareGPT).")
-    sample = Sample(sample_id, tuple(turns), str(row.get("task", task)), origin, row.get("meta", {}))
+    task = task if row.get("task") is None else str(row["task"])
+    sample = Sample(sample_id, tuple(turns), task, origin, row.get("meta") or {})
     _check_turns(sample, where)
+    _check_boxes(sample, where)
     return sample
 
 
@@ -142,6 +145,13 @@ def _check_turns(sample: Sample, where: str) -> None:
             )
         if turn.role == "assistant" and any(isinstance(p, ImageRef) for p in turn.parts):
             raise VlmtuneError(f"{where}: message {number} puts an image into an assistant reply; move it to the user.")
+
+
+def _check_boxes(sample: Sample, where: str) -> None:
+    count = len(sample.images)
+    for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, Boxes)):
+        if part.image >= count:
+            raise VlmtuneError(f"{where}: a box refers to image {part.image} (from 0) of {count}; correct its 'image'.")
 
 
 def _has_reply(turn: Turn) -> bool:
@@ -181,15 +191,18 @@ def _openai_part(part: Any, place: str, roots: Sequence[Path]) -> Part:
         if isinstance(url, str):
             return ImageRef(resolve_image(url, place, roots), part.get("id"))
     if kind == "box" and isinstance(part.get("boxes"), list):
-        return Boxes(_boxes(part["boxes"], place), bool(part.get("region", False)), int(part.get("image", 0)))
+        region, image = part.get("region", False), part.get("image", 0)
+        if not isinstance(region, bool) or type(image) is not int or image < 0:
+            raise VlmtuneError(f"{place}: a box's 'region' is true or false, its 'image' an image number from 0.")
+        return Boxes(_boxes(part["boxes"], place), region, image)
     raise VlmtuneError(f"{place}: part {json.dumps(part)[:80]} is not text, image, image_url or box.")
 
 
 def _boxes(values: list, place: str) -> tuple:
     boxes = []
     for value in values:
-        numbers = isinstance(value, list) and len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
-        if not numbers or not (value[0] <= value[2] and value[1] <= value[3]):
+        numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+        if not numbers or not all(map(math.isfinite, value)) or value[0] > value[2] or value[1] > value[3]:
             raise VlmtuneError(f"{place}: box {value} is not [x1, y1, x2, y2] in pixels with x1 <= x2 and y1 <= y2.")
         boxes.append(tuple(float(v) for v in value))
     return tuple(boxes)
@@ -198,7 +211,9 @@ def _boxes(values: list, place: str) -> tuple:
 def _sharegpt_turns(row: dict, where: str, roots: Sequence[Path]) -> list[Turn]:
     """LLaVA (`image`: one path) and ShareGPT (`images`: a list). `<image>` marks the place of an image."""
     names = row.get("images", row.get("image", []))
-    names = [names] if isinstance(names, str) else list(names or [])
+    names = [names] if isinstance(names, str) else names or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise VlmtuneError(f"{where}: 'image' is one path and 'images' a list of paths, not {json.dumps(names)[:80]}.")
     conversation = row["conversations"]
     if not isinstance(conversation, list) or not conversation:
         raise VlmtuneError(f"{where}: 'conversations' must be a list with at least one message.")
@@ -222,9 +237,7 @@ def _sharegpt_turns(row: dict, where: str, roots: Sequence[Path]) -> list[Turn]:
         for n, piece in enumerate(value.split(PLACEHOLDER) if role == "user" else [value]):
             if n:
                 parts.append(ImageRef(resolve_image(next(images), f"{where}: message {number}", roots)))
-                piece = piece.removeprefix(
-                    "\n"
-                )  # LLaVA writes "<image>\n"; line breaks around images are the template's
+                piece = piece.removeprefix("\n")  # LLaVA writes "<image>\n"; line breaks there are the template's
             if piece:
                 parts.append(Text(piece))
         turns.append(Turn(role, tuple(parts), train))
@@ -232,7 +245,7 @@ def _sharegpt_turns(row: dict, where: str, roots: Sequence[Path]) -> list[Turn]:
 
 
 def _role(name: Any, place: str):
-    if name not in ROLE_NAMES:
+    if not isinstance(name, str) or name not in ROLE_NAMES:
         raise VlmtuneError(f"{place}: unknown role {name!r}; known: {', '.join(ROLE_NAMES)}.")
     return ROLE_NAMES[name]
 
@@ -252,18 +265,23 @@ def resolve_image(name: str, place: str, roots: Sequence[Path]) -> Path | bytes:
     if name.startswith("data:"):
         try:
             return base64.b64decode(name.partition(",")[2], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise VlmtuneError(f"{place}: the data: URL of an image is not valid base64 ({error}).") from error
     if name.startswith(("http://", "https://")):
         raise VlmtuneError(f"{place}: {name} is on the network; download it and name the file.")
+    if "\0" in name or len(name) > LONGEST_PATH:
+        raise VlmtuneError(
+            f"{place}: image {name[:40]!r}… is not a path; write encoded bytes as data:image/png;base64,… ."
+        )
     path = Path(unquote(urlparse(name).path)) if name.startswith("file://") else Path(name)
     tried = [path] if path.is_absolute() else [root / path for root in roots]
-    for root, candidate in zip(roots, tried, strict=False):
-        if not path.is_absolute() and not os.path.realpath(candidate).startswith(os.path.realpath(root) + os.sep):
-            raise VlmtuneError(
-                f"{place}: image path {name} leaves its folder {root}; name the right image_root instead."
-            )
+    if not path.is_absolute() and os.path.normpath(path).split(os.sep)[0] == "..":
+        raise VlmtuneError(
+            f"{place}: image path {name} leaves its folder {roots[0]}; name the right image_root instead."
+        )
     for candidate in tried:
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
-    raise VlmtuneError(f"{place}: image {name} not found; tried {', '.join(str(t) for t in tried)}.")
+    raise VlmtuneError(
+        f"{place}: image {name} not found; tried {', '.join(str(t) for t in tried)}; correct the path or image_root."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from vlmtune.evaluate.generate import generate_replies
 from vlmtune.evaluate.metrics import score_task
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.vlm import VLM
+from vlmtune.optim.precision import autocast
 from vlmtune.types import Box, Sample
 
 
@@ -44,11 +46,17 @@ def evaluate(
     limit: int | None,
     batch_size: int,
     max_new_tokens: int | None,
+    precision: Literal["bf16", "fp32"] = "fp32",
 ) -> Evaluation:
     """Loss on every group, and replies scored by task unless `max_new_tokens` is None.
 
-    limit: samples per source. The model must be in eval mode; the loss is the mean over supervised tokens.
+    limit: samples per source; precision: of the products, as in training. The model must be in eval mode; the loss is the mean over supervised tokens.
     """
+    with autocast(precision, next(model.parameters()).device):
+        return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens)
+
+
+def _evaluate(model, encoder: Encoder, groups, limit, batch_size: int, max_new_tokens: int | None) -> Evaluation:
     metrics: dict[str, float] = {}
     scored: list[Scored] = []
     total = torch.zeros(2, dtype=torch.float64)

@@ -131,7 +131,7 @@ def score_task(
             pairs = zip(predictions, turns, strict=True)
             scores[metric] = _mean([score(_comparable(said, turn), reference_text(turn)) for said, turn in pairs])
     if task == "grounding":
-        scores |= box_scores(boxes, targets)
+        scores |= _grounding_scores(predictions, turns, boxes, targets)
     elif task not in _TASK_METRICS and any(targets):
         with_boxes = [(said, true) for said, true in zip(boxes, targets, strict=True) if true]
         scores |= box_scores([said for said, _ in with_boxes], [true for _, true in with_boxes])
@@ -177,6 +177,19 @@ def _reference_turn(sample: Sample) -> Turn:
             return turn
     where = sample.origin or sample.id
     raise VlmtuneError(f"Sample {where} has no assistant reply to compare with; add one or leave it out of evaluation.")
+
+
+def _grounding_scores(predictions, turns, boxes, targets) -> dict[str, float]:
+    """`box_scores`, except that absence has to be said: a reply without boxes that is not the reference scores 0."""
+    wrong = [
+        not said and not true and not exact_match(text, reference_text(turn))
+        for text, turn, said, true in zip(predictions, turns, boxes, targets, strict=True)
+    ]
+    answered = [n for n, is_wrong in enumerate(wrong) if not is_wrong]
+    if not answered:
+        return {"mean_iou": 0.0, "acc_50": 0.0}
+    scores = box_scores([boxes[n] for n in answered], [targets[n] for n in answered])
+    return {metric: value * len(answered) / len(wrong) for metric, value in scores.items()}
 
 
 def _target_boxes(turn: Turn) -> list[Box]:

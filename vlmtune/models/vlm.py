@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmtune.types import Batch, VlmtuneError, supervised_mask
 
@@ -66,3 +67,7 @@ def set_training_mode(model: nn.Module) -> None:
     for module in model.modules():
         if id(module) not in trains and any(True for _ in module.parameters()):
             module.eval()
+    for module in model.modules():
+        # its own flag decides whether a layer recomputes: gradients also flow through a frozen language model
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True

@@ -82,7 +82,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Picture:
-    """A held-out sample of the gallery; rectangles are (x, y, width, height) in pixels of the picture."""
+    """A sample of the gallery; rectangles are (x, y, width, height) in pixels of the picture.
+
+    An answer of None was never asked for; "" is a model that said nothing.
+    """
 
     uri: str | None
     width: float
@@ -91,8 +94,8 @@ class Picture:
     task: str
     question: str
     reference: str
-    before: str
-    after: str
+    before: str | None
+    after: str | None
     right_before: bool
     right_after: bool
     true: list[Box]
@@ -370,8 +373,8 @@ def _nice_ticks(low: float, high: float) -> list[float]:
 
 
 def _picture(sample: dict, run_folder: Path) -> Picture:
-    reference, before, after = (str(sample.get(key) or "") for key in ("reference", "before", "after"))
-    words = reference.split()
+    reference = str(sample.get("reference") or "")
+    before, after = (None if sample.get(key) is None else str(sample[key]) for key in ("before", "after"))
     return Picture(
         uri=_data_uri(str(sample.get("image") or ""), run_folder),
         width=float(sample.get("width") or 1),
@@ -382,8 +385,8 @@ def _picture(sample: dict, run_folder: Path) -> Picture:
         reference=reference,
         before=before,
         after=after,
-        right_before=before.split() == words,
-        right_after=after.split() == words,
+        right_before=before is not None and before.split() == reference.split(),
+        right_after=after is not None and after.split() == reference.split(),
         true=boxes_as_rectangles(sample.get("boxes_true")),
         said_before=boxes_as_rectangles(sample.get("boxes_before")),
         said_after=boxes_as_rectangles(sample.get("boxes_after")),

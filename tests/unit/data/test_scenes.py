@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from vlmtune.data.atlas import FONTS, PHOTOS, atlas, colour_name, concept_names, dominant_colour, photo
-from vlmtune.data.export_scenes import text_corpus, write_split
+from vlmtune.data.corpus import text_corpus
+from vlmtune.data.export_scenes import write_split
 from vlmtune.data.layout import RESERVED_STRIP, SIZE, held_out
 from vlmtune.data.questions import VQA_FORMS
 from vlmtune.data.scenes import TASKS, SceneRecipe, draw_background, draw_objects
@@ -27,6 +28,7 @@ PER_TASK = 80
 QUESTIONS = 2500  # per split, for what needs no picture
 
 RECIPE = SceneRecipe("base")
+CORPUS_DIGEST = "a02e2d9e5051a291"
 LABEL_DIGEST = "46a77e0d1e87df06"
 
 
@@ -456,14 +458,9 @@ def test_a_split_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         write_split(RECIPE, ("vqa",), "train", 1, tmp_path / "scenes")
 
 
-def test_text_corpus_has_every_word_a_scene_can_say():
+def test_text_corpus_names_everything_and_never_changes():
     lines = list(text_corpus())
     assert lines == list(text_corpus())
     assert set(atlas()) <= set(lines) and len(atlas()) == 466
-    words = set(re.findall(r"[a-z]+", " ".join(lines).lower()))
-    for recipe in map(SceneRecipe, GROUPS):
-        for task in TASKS:
-            for index in range(100):
-                question = recipe.question(task, index, "val")
-                said = f"{prompt_text(question.prompt)} {question.answer or ''}".lower()
-                assert set(re.findall(r"[a-z]+", said)) <= words, said
+    # the tokenizer in the package was trained on exactly this text; another text would give another tokenizer
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == CORPUS_DIGEST

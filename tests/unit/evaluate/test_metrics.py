@@ -169,3 +169,9 @@ def test_a_sample_without_reply_is_named():
     lonely = Sample("s", (Turn("user", (Text("?"),)),), origin="val.jsonl:9")
     with pytest.raises(VlmtuneError, match="val.jsonl:9"):
         score_task("vqa", ["x"], [lonely], [[]])
+
+
+def test_absence_has_to_be_said():
+    samples = [sample(Text("none"))] * 2
+    assert score_task("grounding", ["none", "hook hook hook"], samples, [[], []]) == {"mean_iou": 0.5, "acc_50": 0.5}
+    assert score_task("grounding", ["hook", ""], samples, [[], []]) == {"mean_iou": 0.0, "acc_50": 0.0}

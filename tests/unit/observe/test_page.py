@@ -145,6 +145,13 @@ def test_a_loss_that_falls_is_better_and_a_score_that_falls_is_worse(tmp_path):
     assert re.findall(r'pill (\w+)">([^<]+)<', html) == [("better", "−1.000"), ("worse", "−0.100")]
 
 
+def test_an_answer_never_asked_for_is_not_shown_as_silence(tmp_path):
+    sample = {"image": data_uri(), "width": 48, "height": 32, "question": "What?", "reference": "red", "after": ""}
+    (tmp_path / "samples.json").write_text(json.dumps([sample | {"before": None}]))
+    page = Elements(write_page(tmp_path).read_text())
+    assert page.text.count("no answer") == 1 and len(page.named("dt")) == 2
+
+
 def test_a_run_in_progress_renders(tmp_path):
     assert "not finished" in write_page(tmp_path).read_text()  # nothing written yet
     lines = [train_line(step) for step in range(1, 4)]

@@ -1,0 +1,238 @@
+"""The configuration: every complaint at once, overrides, round trip, recipes that parse, a schema of the same fields."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlmtune import cli
+from vlmtune.config import Config, dump_config, load_config, parse_config, recipe_names
+from vlmtune.errors import VlmtuneError
+
+SMALL = {
+    "model": "somewhere",
+    "data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "weight": [[0, 1], [0.5, 0]]}]},
+    "plan": [{"match": "vision", "train": "frozen"}, {"match": "*", "train": "lora", "rank": 4}],
+}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return str(path)
+
+
+def complaint(tree: dict) -> str:
+    with pytest.raises(VlmtuneError) as caught:
+        parse_config(tree, "config.yaml")
+    return str(caught.value)
+
+
+def test_every_complaint_comes_at_once():
+    message = complaint(
+        {
+            "modle": "x",
+            "data": {"train": [{"paht": "a.jsonl"}, {"scenes": "base"}], "max_length": 3},
+            "plan": [{"match": "vision", "train": "frozn"}, {"match": "*", "train": "full", "rank": 4}],
+            "optim": {"lr": -1, "warmup": "a while"},
+            "train": {"batch_size": 10, "micro_batch_size": 4, "lenght": 5},
+        }
+    )
+    assert message.startswith("config.yaml: ")
+    for expected in (
+        "unknown key modle (did you mean model?)",
+        "model is required",
+        "unknown key data.train.0.paht (did you mean path?)",
+        "data.train.1: scenes need a task",
+        "data.max_length: input should be greater than or equal to 8 (got 3)",
+        "plan.0.train: input should be 'frozen', 'full' or 'lora' (got 'frozn')",
+        "plan.1: rank only mean something with train: lora",
+        "optim.lr: input should be greater than 0 (got -1)",
+        "optim.warmup: length 'a while': write a number of steps",
+        "unknown key train.lenght (did you mean length?)",
+    ):
+        assert expected in message, message
+    assert "\n" not in message
+
+
+def test_a_key_like_no_other_lists_the_known_ones():
+    assert "unknown key optim.zzz (known: lr, weight_decay, betas" in complaint(SMALL | {"optim": {"zzz": 1}})
+
+
+@pytest.mark.parametrize(
+    ("place", "tree", "near"),
+    [
+        ("checkpoint.kep", {"checkpoint": {"kep": 1}}, "keep"),
+        ("evaluate.galery", {"evaluate": {"galery": 1}}, "gallery"),
+        ("data.evla", {"data": SMALL["data"] | {"evla": {}}}, "eval"),
+        ("data.eval.old.0.limt", {"data": SMALL["data"] | {"eval": {"old": [{"path": "a", "limt": 3}]}}}, "limit"),
+        ("plan.0.rnk", {"plan": [{"match": "*", "train": "lora", "rnk": 3}]}, "rank"),
+    ],
+)
+def test_the_nearest_name_comes_from_the_right_section(place, tree, near):
+    assert f"unknown key {place} (did you mean {near}?)" in complaint(SMALL | tree)
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"train": {"batch_size": 10, "micro_batch_size": 4}}, "batch_size 10 is not a multiple of micro_batch_size 4"),
+        ({"data": {"train": [{}]}}, "give either path or scenes"),
+        ({"data": {"train": [{"path": "a", "scenes": "base", "task": "vqa"}]}}, "give either path or scenes"),
+        ({"data": {"train": [{"path": "a", "split": "val"}]}}, "split belongs to scenes"),
+        ({"data": {"train": [{"scenes": "base", "task": "vqa", "image_root": "x"}]}}, "image_root belongs to files"),
+        ({"data": {"train": []}}, "data.train"),
+        ({"data": {"train": [{"path": "a", "weight": [[0.5, 1]]}]}}, "boundaries that start at 0"),
+        ({"plan": []}, "plan"),
+        ({"plan": [{"match": "*", "train": "frozen", "lr": 1e-3}]}, "mean nothing on frozen parameters"),
+        ({"train": {"length": "5 miles"}}, "train.length: length '5 miles'"),
+        ({"checkpoint": {"every": "often"}}, "checkpoint.every: length 'often'"),
+        ({"evaluate": {"every": "often"}}, "evaluate.every: length 'often'"),
+        ({"optim": {"floor": 2}}, "optim.floor"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(tree, expected):
+    assert expected in complaint(SMALL | tree)
+
+
+def test_overrides_reach_leaves_lists_and_new_sections(written):
+    config = load_config(
+        written,
+        ["optim.lr=1e-4", "plan.1.rank=8", "data.train.0.path=c.jsonl", "data.train.1.weight=[[0, 2], [0.25, 1]]",
+         "train.batch_size=32", "optim.betas=[0.9, 0.95]", "plan.1.match=*", "run=runs/x=y", "data.max_length=null"],
+    )  # fmt: skip
+    assert config.optim.lr == 1e-4
+    assert config.plan[1].rank == 8
+    assert config.plan[1].match == "*"
+    assert config.data.train[0].path == "c.jsonl"
+    assert config.data.train[1].weight == [(0, 2), (0.25, 1)]
+    assert config.train.batch_size == 32
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.run == "runs/x=y"
+    assert config.data.max_length is None
+
+
+def test_a_whole_list_can_be_overridden(written):
+    config = load_config(written, ["plan=[{match: language, train: full}]"])
+    assert [(rule.match, rule.train) for rule in config.plan] == [("language", "full")]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr", "write key=value"),
+        ("=3", "write key=value"),
+        ("plan.7.rank=3", "'7' is not an index below 2"),
+        ("plan.last.rank=3", "'last' is not an index below 2"),
+        ("plan.7=3", "'7' is not an index below 2"),
+        ("model.name=3", "model is a value, not a section"),
+        ("optim.lrr=1e-4", "unknown key optim.lrr (did you mean lr?)"),
+        ("optim.lr=fast", "optim.lr: input should be a valid number"),
+        ("optim.betas=[0.9", "optim.betas"),
+    ],
+)
+def test_wrong_overrides_are_named(written, override, expected):
+    with pytest.raises(VlmtuneError) as caught:
+        load_config(written, [override])
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
+def test_every_way_to_write_a_small_number_is_a_number(tmp_path, text):
+    """YAML 1.1 reads 1e-4 as text."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(SMALL) + f"optim: {{lr: {text}}}\n")
+    assert load_config(str(path)).optim.lr == 1e-4
+    assert load_config(str(path), [f"optim.weight_decay={text}"]).optim.weight_decay == 1e-4
+
+
+def test_dump_and_load_give_the_same_config(tmp_path, written):
+    config = load_config(written, ["optim.lr=3e-7", "run=läufe/ü", "data.train.1.weight=[[0, 1], [0.1, 1e-9]]"])
+    path = tmp_path / "again.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    again = load_config(str(path))
+    assert again == config
+    assert dump_config(again) == dump_config(config)
+    assert again != load_config(written)
+
+
+def test_the_resolved_config_shows_every_field(written):
+    tree = yaml.safe_load(dump_config(load_config(written)))
+    assert set(tree) == set(Config.model_fields)
+    assert tree["optim"]["eps"] == 1e-8
+
+
+def test_there_are_recipes_and_each_one_parses_and_round_trips(tmp_path):
+    names = recipe_names()
+    assert "embedded_base" in names
+    for name in names:
+        config = load_config(name)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(str(path)) == config
+
+
+def test_a_recipe_takes_overrides():
+    assert load_config("embedded_base", ["train.seed=7"]).train.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("embeded_base", "Did you mean embedded_base?"),
+        ("zzzz", "'zzzz' is neither a .yaml file nor a recipe (debug"),
+        ("missing.yaml", "config missing.yaml does not exist; recipes that ship: debug"),
+    ],
+)
+def test_a_config_that_is_not_there_is_named(name, expected):
+    with pytest.raises(VlmtuneError) as caught:
+        load_config(name)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"model: [unclosed", "not valid YAML"),
+        (b"- a\n- b\n", "a config is a mapping with the keys model, data"),
+        (b"", "a config is a mapping"),
+        (b"model: \xff\xfe\n", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, content, expected):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(VlmtuneError) as caught:
+        load_config(str(path))
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_configs_cannot_be_changed_by_accident(written):
+    config = load_config(written)
+    with pytest.raises(Exception, match="frozen"):
+        config.optim.lr = 1.0
+
+
+def test_schema_prints_every_field_with_its_description(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vlmtune", "schema"])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code in (0, None)
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Optim"]["properties"]["lr"]["default"] == 2e-4
+    assert "held-out" in schema["$defs"]["Data"]["properties"]["eval"]["description"]
+
+
+def test_recipes_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vlmtune", "recipes"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.split() == recipe_names()
