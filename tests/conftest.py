@@ -47,3 +47,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return folders[family]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model before any training (its tokenizer learns from a few lines), written once per session."""
+    from vlmtune.data.grounding import coordinates
+    from vlmtune.models.embedded import write_untrained
+
+    corpus = ["What is in the picture? A red square and two small circles.", "Find the dog. Where is it?"] * 20
+    return write_untrained(tmp_path_factory.mktemp("embedded"), corpus, coordinates("bins").tokens())

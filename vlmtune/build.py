@@ -29,9 +29,15 @@ EMBEDDED, EMBEDDED_UNTRAINED = "embedded", "embedded_untrained"
 
 # what may change between a run and its resume without changing a bit of the training
 NOT_FINGERPRINTED = (
-    ("run",), ("data", "workers"), ("data", "eval"), ("train", "threads"), ("train", "log_every"), ("checkpoint", "keep"),
-    ("evaluate", "gallery"), ("evaluate", "batch_size"),
-)  # fmt: skip
+    ("run",),
+    ("data", "workers"),
+    ("data", "eval"),
+    ("train", "threads"),
+    ("train", "log_every"),
+    ("checkpoint", "keep"),
+    ("evaluate", "gallery"),
+    ("evaluate", "batch_size"),
+)
 
 
 def cache_folder() -> Path:

@@ -106,7 +106,7 @@ def read_state(folder: Path) -> dict:
     if written_as == 1:
         return described
     if written_as != FORMAT:
-        raise VlmtuneError(f"{path} has format {written_as!r}, this vlmtune reads {FORMAT}; use the version that wrote it.")
+        raise VlmtuneError(f"{path} has format {written_as!r}, not {FORMAT}; use the version that wrote it.")
     if described.pop("checksum", None) != _checksum(described):
         raise VlmtuneError(f"{path} is damaged (its checksum differs); use another checkpoint.")
     return described
@@ -158,7 +158,7 @@ def point(link: Path, target: Path) -> None:
 
 
 def config_fingerprint(tree: dict) -> str:
-    """sha256 of what determines the training; see `trainer` for what is left out."""
+    """sha256 of what determines the training; `build.NOT_FINGERPRINTED` says what is left out."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

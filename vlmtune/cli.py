@@ -37,9 +37,11 @@ def train(
 ) -> None:
     """Train, or continue a run that was interrupted."""
     from vlmtune.config import load_config
+
+    wish = load_config(config, overrides or [])  # a wrong config is refused before the heavy imports
     from vlmtune.run import train as run
 
-    run(load_config(config, overrides or []), console, restart)
+    run(wish, console, restart)
 
 
 @app.command("eval")
@@ -85,7 +87,7 @@ def inspect(
 ) -> None:
     """What the model sees: tokens by kind and loss, the resized image with its boxes."""
     from vlmtune.config import load_config
-    from vlmtune.use import inspect_sample
+    from vlmtune.view import inspect_sample
 
     page = inspect_sample(load_config(config, overrides or []), sample, html, console)
     console.print(f"page: {page}", highlight=False)

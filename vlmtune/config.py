@@ -127,7 +127,7 @@ class Train(Strict):
 
 class Checkpoint(Strict):
     every: LengthValue = Field("500 steps", description="steps, epochs or samples")
-    keep: int = Field(2, ge=1, description="newest periodic checkpoints kept, besides best and latest")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept (latest is one of them), besides best")
     best: str = Field("loss", description='"loss", or a metric "group/task/metric"')
     best_is: Literal["lowest", "highest"] = "lowest"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -36,15 +35,19 @@ from vlmtune.build import (
 )
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
 from vlmtune.config import Config, dump_config
-from vlmtune.evaluate.evaluation import Evaluation, Scored, evaluate
+from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.losses.objective import Objective
 from vlmtune.observe.log import History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.page import write_page
+from vlmtune.observe.token_view import write_token_view
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.optim.precision import resolve_precision
+from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
 from vlmtune.trainer import Trainer
-from vlmtune.types import Boxes, VlmtuneError
+from vlmtune.types import VlmtuneError
+from vlmtune.view import token_view
 
+FIRST_BATCH_SHOWN = 8  # samples of the first batch in first_batch.html
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pydantic")
 
 
@@ -83,6 +86,8 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
     for name in ("dropped.jsonl", "changed.jsonl"):
         (folder / name).touch()
+    first = [steps.mixture[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
+    write_token_view(folder / "first_batch.html", [token_view(encoder, sources[s][row]) for s, row in first])
     console.print(assignment_table(plan.rows))
     console.print(
         f"{settings.total_steps} steps of {config.train.batch_size} samples "
@@ -216,99 +221,10 @@ def assignment_table(rows: list[dict]) -> Table:
     for name in ("part", "rule", "method", "tensors", "parameters", "trainable", "lr", "weight decay"):
         table.add_column(name, justify="left" if name in ("part", "rule", "method") else "right")
     for row in rows:
-        table.add_row(
-            row["part"], row["rule"], row["method"], str(row["tensors"]), f"{row['parameters']:,}", f"{row['trainable']:,}",
-            "" if row["lr"] is None else f"{row['lr']:g}", "" if row["weight_decay"] is None else f"{row['weight_decay']:g}",
-        )  # fmt: skip
+        sizes = [f"{row[name]:,}" for name in ("tensors", "parameters", "trainable")]
+        rates = ["" if row[name] is None else f"{row[name]:g}" for name in ("lr", "weight_decay")]
+        table.add_row(row["part"], row["rule"], row["method"], *sizes, *rates)
     total, trainable = sum(r["parameters"] for r in rows), sum(r["trainable"] for r in rows)
     table.add_section()
     table.add_row("all", "", "", "", f"{total:,}", f"{trainable:,}", "", "")
     return table
-
-
-def metrics_table(metrics: dict) -> Table:
-    table = Table(title="held-out data", title_justify="left")
-    for name in ("group", "task", "metric", "before", "after", "change"):
-        table.add_column(name, justify="left" if name in ("group", "task", "metric") else "right")
-    for place, values in metrics.items():
-        group, _, task = place.partition("/")
-        for metric, pair in values.items():
-            before, after = pair.get("before"), pair.get("after")
-            change = "" if before is None or after is None else f"{after - before:+.3f}"
-            table.add_row(group, task, metric, *("" if v is None else f"{v:.3f}" for v in (before, after)), change)
-    return table
-
-
-# ---- evaluation records -----------------------------------------------------------------------------------------
-
-
-def evaluation_record(evaluation: Evaluation) -> dict:
-    replies = [[s.group, s.sample.id, s.reply, s.boxes] for s in evaluation.scored]
-    return {"metrics": evaluation.metrics, "replies": replies}
-
-
-def summarise(before: dict | None, after: Evaluation | None, state, total_steps: int) -> dict:
-    metrics: dict[str, dict] = {}
-    for moment, values in (("before", before["metrics"] if before else {}), ("after", after.metrics if after else {})):
-        for name, value in values.items():
-            if name == "loss":
-                continue
-            place, metric = (name[5:], "loss") if name.startswith("loss/") else name.rsplit("/", 1)
-            metrics.setdefault(place, {}).setdefault(metric, {})[moment] = value
-    return {
-        "metrics": dict(sorted(metrics.items())),
-        "steps": state.step,
-        "total_steps": total_steps,
-        "samples": state.samples,
-        "tokens": state.tokens,
-        "train_seconds": state.seconds,
-        "samples_per_second": state.samples / state.seconds if state.seconds else None,
-        "peak_memory_bytes": peak_memory(),
-        "best": {"value": state.best, "step": state.best_step},
-    }
-
-
-def peak_memory() -> int:
-    """Bytes: the CUDA allocator's peak, or the largest resident size of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def gallery(folder: Path, before: dict | None, after: Evaluation, count: int) -> list[dict]:
-    """Held-out samples for the run page, spread over groups and tasks; their first image is written to images/."""
-    from vlmtune.data.images import load_image
-    from vlmtune.evaluate.metrics import reference_text
-
-    replies = {(g, i): (reply, boxes) for g, i, reply, boxes in (before["replies"] if before else [])}
-    places: dict[tuple[str, str], list[Scored]] = {}
-    for scored in after.scored:
-        if scored.sample.images:
-            places.setdefault((scored.group, scored.sample.task), []).append(scored)
-    per_place = -(-count // max(1, len(places)))
-    chosen = [scored for rows in places.values() for scored in rows[:per_place]][:count]
-    entries = []
-    (folder / "images").mkdir(exist_ok=True)
-    for number, scored in enumerate(chosen):
-        image = load_image(scored.sample.images[0].source, scored.sample.origin)
-        name = f"images/{number:03d}.png"
-        image.save(folder / name)
-        reply, boxes = replies.get((scored.group, scored.sample.id), (None, []))
-        last = scored.sample.turns[-1]
-        truth = [list(b) for part in last.parts if isinstance(part, Boxes) for b in part.boxes]
-        asked = [list(b) for t in scored.sample.turns[:-1] for p in t.parts if isinstance(p, Boxes) for b in p.boxes]
-        entries.append(
-            {
-                "image": name, "group": scored.group, "task": scored.sample.task, "question": question_text(scored.sample),
-                "reference": reference_text(last) or f"{len(truth)} box" + "es" * (len(truth) != 1), "before": reply, "after": scored.reply,
-                "boxes_true": truth or asked, "boxes_before": boxes, "boxes_after": [list(b) for b in scored.boxes],
-                "width": image.width, "height": image.height,
-            }
-        )  # fmt: skip
-    return entries
-
-
-def question_text(sample) -> str:
-    """The last user turn in words; a region is shown as "[region]"."""
-    user = [turn for turn in sample.turns if turn.role == "user"][-1]
-    return "".join("[region]" if isinstance(p, Boxes) else getattr(p, "text", "") for p in user.parts).strip()

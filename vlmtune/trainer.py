@@ -153,8 +153,8 @@ class Trainer:
         missing = [name for name, p in self.plan.parameters.items() if p.grad is None]
         if missing:
             raise VlmtuneError(
-                f"plan: {len(missing)} of {len(self.plan.parameters)} parameters meant to train got no gradient, first "
-                f"{missing[0]}; freeze them, or check that the data reaches that part (images for vision and projector)."
+                f"plan: {len(missing)} of {len(self.plan.parameters)} parameters meant to train got no gradient, "
+                f"first {missing[0]}; freeze them, or check that the data reaches that part (vision needs images)."
             )
 
     def refuse_not_finite(self, losses: dict[str, Tensor], norms: dict[str, Tensor], batches: list[Batch]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import shutil
@@ -19,12 +17,10 @@ from vlmtune.build import (
     build_encoder,
     build_eval_groups,
     build_source,
-    build_steps,
     load_model,
     policies,
     resolve_model,
 )
-from vlmtune.build import build_settings as _build_settings
 from vlmtune.checkpoint import checkpoints, load_weights
 from vlmtune.config import Config, load_config
 from vlmtune.data.batch import collate
@@ -32,9 +28,8 @@ from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
 from vlmtune.models.load import load_processor, save_processor
-from vlmtune.observe.token_view import TokenView, terminal_table, write_token_view
-from vlmtune.run import metrics_table
-from vlmtune.types import Box, Boxes, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
+from vlmtune.outcome import metrics_table
+from vlmtune.types import Box, Boxes, ImageRef, Sample, Text, Turn, VlmtuneError
 
 LOGIT_TOLERANCE = 1e-4
 """Merged and adapter logits in float32: W x + s·B(A x) and (W + s·B A) x differ by rounding of products of size ~10."""
@@ -136,73 +131,6 @@ def _prompt_parts(prompt: str, region: str | None) -> list[Text | Boxes]:
     return [part for part in (Text(before), Boxes(((x1, y1, x2, y2),), region=True), Text(after)) if part != Text("")]
 
 
-# ---- inspect ----------------------------------------------------------------------------------------------------
-
-
-def inspect_sample(config: Config, sample_id: str | None, page: Path, console: Console) -> Path:
-    """Print and write the token view of one sample: the same encoder and data order as training."""
-    model_path = resolve_model(config.model)
-    model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config)
-    sources = [build_source(source) for source in config.data.train]
-    if sample_id is None:
-        settings = _build_settings(config, [s.size for s in sources], "fp32")
-        steps = build_steps(config, sources, encoder, settings.total_steps)
-        source, row = steps.mixture[0]
-        sample = sources[source][row]
-    else:
-        sample = _find_sample(sources, sample_id)
-    view = token_view(encoder, sample)
-    console.print(terminal_table(view))
-    write_token_view(page, [view])
-    return page
-
-
-def _find_sample(sources, sample_id: str) -> Sample:
-    for source in sources:
-        for index in range(source.size or 0):
-            sample = source[index]
-            if sample.id == sample_id:
-                return sample
-    raise VlmtuneError(f"no sample with id {sample_id!r} in the training files of this config.")
-
-
-def token_view(encoder: Encoder, sample: Sample) -> TokenView:
-    """Everything the token view shows of one sample."""
-    from vlmtune.data.images import load_image
-
-    encoded = encoder.encode(sample)
-    carries = encoded.supervised().tolist()
-    ids = encoded.ids.tolist()
-    pages, boxes = [], []
-    places = [part for turn in sample.turns for part in turn.parts if isinstance(part, Boxes)]
-    for number, (ref, geometry) in enumerate(zip(sample.images, encoded.geometry, strict=True)):
-        image = load_image(ref.source, sample.origin).resize((geometry.resized_width, geometry.resized_height))
-        pages.append(_data_uri(image))
-        sx, sy = geometry.resized_width / geometry.width, geometry.resized_height / geometry.height
-        boxes.append(
-            [(x1 * sx, y1 * sy, x2 * sx, y2 * sy) for b in places if b.image == number for x1, y1, x2, y2 in b.boxes]
-        )
-    return TokenView(
-        sample_id=sample.id,
-        task=sample.task,
-        pieces=[encoder.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids],
-        ids=ids,
-        kinds=[Kind(k).name.lower() for k in encoded.kinds.tolist()],
-        turns=encoded.turn.tolist(),
-        weights=[1.0 if c else 0.0 for c in carries],
-        images=pages,
-        boxes=boxes,
-        notes=[f"{len(ids)} tokens, {sum(carries)} with loss; from {sample.origin or 'a generated scene'}"],
-    )
-
-
-def _data_uri(image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 # ---- export -----------------------------------------------------------------------------------------------------
 
 
@@ -232,8 +160,8 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
         gap = float((logits - reference)[carries].abs().max() / reference[carries].abs().max())
         if not gap <= LOGIT_TOLERANCE:
             raise VlmtuneError(
-                f"export: the reloaded model's logits differ from the trained ones by {gap:.2e} (limit {LOGIT_TOLERANCE:g}); "
-                "nothing was exported."
+                f"export: the reloaded model's logits differ from the trained ones by {gap:.2e} "
+                f"(limit {LOGIT_TOLERANCE:g}); nothing was exported."
             )
         base = load_model(loaded.model_path)
         before, after = base.state_dict(), again.state_dict()
@@ -249,7 +177,8 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     console.print(
-        f"{folder}: {merged} modules merged, {changed} of {len(before)} tensors changed, reloaded logits agree to {gap:.1e}",
+        f"{folder}: {merged} modules merged, {changed} of {len(before)} tensors changed, "
+        f"reloaded logits agree to {gap:.1e}",
         highlight=False,
     )
     return proof

@@ -1,4 +1,4 @@
-"""The configuration: every complaint at once, overrides, round trip, recipes that parse, a schema of the same fields."""
+"""The configuration: every complaint at once, overrides, round trip, recipes that parse, a schema with every field."""
 
 from __future__ import annotations
 

@@ -16,14 +16,20 @@ LEVELS = (
     ("adapt", "evaluate"),
     ("checks",),
     ("trainer", "checkpoint", "observe"),
-    ("config", "build", "stages", "run", "use"),
+    ("config", "build", "stages", "run", "use", "view", "outcome"),
     ("cli", "__main__"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 MAY_MEET = {  # siblings that DESIGN.md allows to import each other
     0: {("types", "errors"), ("rules", "errors"), ("schedule", "errors")},
     4: {("trainer", "checkpoint")},
-    5: {("build", "config"), ("run", "build"), ("run", "config"), ("use", "build"), ("use", "config"), ("use", "run")},
+    5: {
+        *((part, other) for part in ("run", "use", "view") for other in ("build", "config")),
+        ("build", "config"),
+        ("run", "view"),
+        ("run", "outcome"),
+        ("use", "outcome"),
+    },
     6: {("__main__", "cli")},
 }
 DOORS = {

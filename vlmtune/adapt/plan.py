@@ -1,4 +1,4 @@
-"""What learns, and how: rules over canonical names become frozen, fully trained and adapted parameters (SPEC C1, C8)."""
+"""What learns, and how: rules over canonical names say what is frozen, trained in full or adapted (SPEC C1, C8)."""
 
 from __future__ import annotations
 

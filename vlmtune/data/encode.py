@@ -71,7 +71,9 @@ class Encoder:
         self.image_token_ids = {int(i) for i in processor.image_token_ids if i is not None}
         self._control_tokens = _control_tokens(self.tokenizer, processor.chat_template, coordinates.tokens())
         self._control_re = re.compile("|".join(map(re.escape, sorted(self._control_tokens, key=len, reverse=True))))
+        self._control_text = {index: token for token, index in self._control_tokens.items()}
         self._prefix_ids = _automatic_prefix(self.tokenizer)
+        self._start_matters = self._ids("a") != self._ids_behind("\n", "a")
         self._trims = {role: self._template_trims(role) for role in ROLES}
         self._lead = self._reply_lead()
         text_only = processor(text=["a"], return_tensors="pt")
@@ -144,7 +146,8 @@ class Encoder:
         pieces = self._pieces(sample, turns, images, add_generation_prompt)
         ids, kinds, turn_of = self._tokenise(pieces)
         bos = self.tokenizer.bos_token
-        if self._prefix_ids and not (bos and pieces and pieces[0].text.startswith(bos)):
+        template_writes_bos = bool(bos and pieces and pieces[0].control and pieces[0].text.startswith(bos))
+        if self._prefix_ids and not template_writes_bos:
             ids, kinds, turn_of = (
                 [*self._prefix_ids, *ids],
                 [int(Kind.SPECIAL)] * len(self._prefix_ids) + kinds,
@@ -223,10 +226,7 @@ class Encoder:
             for m in messages
         ]
         if SENTINEL.sub("", rendered) != self._render(plain, prompt, sample):
-            raise VlmtuneError(
-                f"{_where(sample)}: the chat template rewrites message text (a trim or a cut that vlmtune does not "
-                "know); the span of the reply would be wrong. Use a template that writes content as it is."
-            )
+            raise VlmtuneError(_rewrites(sample))
 
     def _cut(self, rendered: str, parts: list[Piece], images: ProcessedImages, sample: Sample, turns) -> list[Piece]:
         pieces: list[Piece] = []
@@ -250,6 +250,8 @@ class Encoder:
                         pieces.append(Piece(literal, Kind.SPECIAL, control=True))
             else:
                 part = parts[inside]
+                if text != part.text:
+                    raise VlmtuneError(_rewrites(sample))
                 first = turns[part.turn].role == "assistant" and part.turn not in opened
                 opened.add(part.turn)
                 if first and self._lead and pieces and pieces[-1].text.endswith(self._lead):
@@ -278,7 +280,8 @@ class Encoder:
 
         def flush() -> None:
             if run:
-                for token, piece in self._tokenise_run(run):
+                before = self._control_text.get(ids[-1], "\n") if ids else ""
+                for token, piece in self._tokenise_run(run, before):
                     ids.append(token)
                     kinds.append(int(piece.kind))
                     turns.append(piece.turn)
@@ -304,16 +307,40 @@ class Encoder:
         flush()
         return ids, kinds, turns
 
-    def _tokenise_run(self, run: list[Piece]) -> list[tuple[int, Piece]]:
+    def _tokenise_run(self, run: list[Piece], before: str) -> list[tuple[int, Piece]]:
+        """(id, piece it came from). before: what stands in front of the run (a control token, a stand-in, nothing)."""
         text = "".join(piece.text for piece in run)
         ends = np.cumsum([len(piece.text) for piece in run])
         result = []
         for begin, stop in self._harmless(text):
-            out = self.tokenizer(text[begin:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for token, (start, end) in zip(out["input_ids"], out["offset_mapping"], strict=True):
+            for token, start, end in self._tokens_behind(before if begin == 0 else "\n", text[begin:stop]):
                 owner = int(np.searchsorted(ends, begin + max(end - 1, start), side="right"))
                 result.append((token, run[min(owner, len(run) - 1)]))
         return result
+
+    def _tokens_behind(self, before: str, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, end) of `text` where it does not begin the conversation.
+
+        Tokenizers of the SentencePiece family write a space in front of a text; "ASSISTANT:" + " yes" must not get a
+        second one. As in transformers' `encode_marked_chat`, `before` is tokenised with it and taken off again.
+        """
+        if before and self._start_matters:
+            head = self._ids(before)
+            tokens = self._tokens(before + text)
+            if [token for token, _, _ in tokens[: len(head)]] == head:
+                skip = len(before)
+                return [(t, max(0, start - skip), max(0, end - skip)) for t, start, end in tokens[len(head) :]]
+        return self._tokens(text)
+
+    def _tokens(self, text: str) -> list[tuple[int, int, int]]:
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [(token, *span) for token, span in zip(out["input_ids"], out["offset_mapping"], strict=True)]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _ids_behind(self, before: str, text: str) -> list[int]:
+        return self._ids(before + text)[len(self._ids(before)) :]
 
     def _harmless(self, text: str) -> Iterator[tuple[int, int]]:
         """(begin, stop) of stretches without a control token: what looks like one was typed, so it is cut in two.
@@ -354,6 +381,13 @@ class Encoder:
 
 def _where(sample: Sample) -> str:
     return f"{sample.origin} (sample {sample.id})" if sample.origin else f"sample {sample.id}"
+
+
+def _rewrites(sample: Sample) -> str:
+    return (
+        f"{_where(sample)}: the chat template rewrites message text (a trim, a cut or a filter that vlmtune does not "
+        "know); the span of the reply would be wrong. Use a template that writes content as it is."
+    )
 
 
 def _has_content(turn: Turn) -> bool:

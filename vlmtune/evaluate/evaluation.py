@@ -50,7 +50,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss on every group, and replies scored by task unless `max_new_tokens` is None.
 
-    limit: samples per source; precision: of the products, as in training. The model must be in eval mode; the loss is the mean over supervised tokens.
+    limit: samples per source; precision: of the products, as in training. The model must be in eval mode; the loss is
+    the mean over supervised tokens.
     """
     with autocast(precision, next(model.parameters()).device):
         return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens)

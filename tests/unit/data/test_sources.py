@@ -182,7 +182,10 @@ def test_sharegpt_interleaves_its_images_in_order(folder):
 
 
 def test_text_only_rows_need_no_image(folder):
-    rows = [{"messages": [user("Hi"), REPLY]}, {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}]
+    rows = [
+        {"messages": [user("Hi"), REPLY]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    ]
     assert [sample.images for sample in source(folder, rows)] == [[], []]
 
 
@@ -241,6 +244,15 @@ def test_scenes_are_endless_or_limited_and_pure():
 
 # ---- complaints -------------------------------------------------------------------------------------------------
 
+
+def picture(name: str) -> dict:
+    return {"messages": [user({"type": "image", "image": name}), REPLY]}
+
+
+def box(boxes: list, **more: Any) -> dict:
+    return {"messages": [user({"type": "box", "boxes": boxes, **more}), REPLY]}
+
+
 SHAREGPT = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "That."}]
 
 
@@ -252,7 +264,11 @@ SHAREGPT = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value"
         ({"messages": {"role": "user"}}, "'messages' must be a list", ""),
         ({"messages": ["hi"]}, "message 1 needs 'role' and 'content'", ""),
         ({"messages": [{"role": "user"}]}, "message 1 needs 'role' and 'content'", ""),
-        ({"messages": [user("Hi"), {"role": "assistant", "content": None}]}, "message 2: 'content' is text or a list", ""),
+        (
+            {"messages": [user("Hi"), {"role": "assistant", "content": None}]},
+            "message 2: 'content' is text or a list",
+            "",
+        ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "message 1: unknown role 'tool'", "known: human, gpt, user"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role ['user']", "known: "),
         ({"messages": [user("Hi")]}, "no assistant text to learn from", "add a reply or remove the row"),
@@ -264,43 +280,63 @@ SHAREGPT = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value"
         ),
         ({"messages": [user("Hi"), REPLY | {"train": "no"}]}, "message 2: 'train' is true or false, not 'no'", ""),
         (
-            {"messages": [REPLY | {"content": [{"type": "text", "text": "x"}, {"type": "image", "image": "images/a.png"}]}]},
+            {
+                "messages": [
+                    REPLY | {"content": [{"type": "text", "text": "x"}, {"type": "image", "image": "images/a.png"}]}
+                ]
+            },
             "message 1 puts an image into an assistant reply",
             "move it to the user",
         ),
-        ({"messages": [user({"type": "video", "video": "x.mp4"}), REPLY]}, 'part {"type": "video"', "is not text, image"),
+        (
+            {"messages": [user({"type": "video", "video": "x.mp4"}), REPLY]},
+            'part {"type": "video"',
+            "is not text, image",
+        ),
         ({"messages": [user({"type": "text", "text": 3}), REPLY]}, "message 1: part", "is not text, image"),
         ({"messages": [user({"type": "image"}), REPLY]}, "message 1: part", "is not text, image"),
         ({"messages": [user({"type": "text", "text": "x"}, "y"), REPLY]}, 'part "y"', "is not text, image"),
-        ({"messages": [user({"type": "image", "image": "no/x.png"}), REPLY]}, "image no/x.png not found; tried {folder}/no/x.png", "correct the path or image_root"),
-        ({"messages": [user({"type": "image", "image": "/no/x.png"}), REPLY]}, "image /no/x.png not found; tried /no/x.png", "correct the path"),
-        ({"messages": [user({"type": "image", "image": "images"}), REPLY]}, "image images not found", "correct the path"),
-        ({"messages": [user({"type": "image", "image": "../x.png"}), REPLY]}, "leaves its folder {folder}", "name the right image_root"),
-        ({"messages": [user({"type": "image", "image": "images/../../x.png"}), REPLY]}, "leaves its folder", "image_root"),
-        ({"messages": [user({"type": "image", "image": ".."}), REPLY]}, "leaves its folder", "image_root"),
-        ({"messages": [user({"type": "image", "image": "https://x.org/a.png"}), REPLY]}, "is on the network", "download it and name the file"),
-        ({"messages": [user({"type": "image", "image": "data:image/png;base64,%%%"}), REPLY]}, "not valid base64", "base64"),
-        ({"messages": [user({"type": "image", "image": "data:image/png;base64,ü"}), REPLY]}, "not valid base64", "base64"),
-        ({"messages": [user({"type": "image", "image": "A" * 5000}), REPLY]}, "is not a path", "data:image/png;base64"),
-        ({"messages": [user({"type": "image", "image": "A" * 500}), REPLY]}, "not found", "correct the path"),
-        ({"messages": [user({"type": "image", "image": "a\0.png"}), REPLY]}, "is not a path", "data:image/png;base64"),
-        ({"messages": [user({"type": "box", "boxes": [[1, 2, 3]]}), REPLY]}, "box [1, 2, 3] is not [x1, y1, x2, y2]", "x1 <= x2"),
-        ({"messages": [user({"type": "box", "boxes": [[5, 2, 3, 4]]}), REPLY]}, "box [5, 2, 3, 4] is not", "x1 <= x2"),
-        ({"messages": [user({"type": "box", "boxes": [[0, 0, 1e999, 4]]}), REPLY]}, "box [0, 0, inf, 4] is not", "x1 <= x2"),
-        ({"messages": [user({"type": "box", "boxes": [["0", 0, 1, 4]]}), REPLY]}, "box ['0', 0, 1, 4] is not", "x1 <= x2"),
-        ({"messages": [user({"type": "box", "boxes": [[0, 0, 1, 1]]}), REPLY]}, "a box refers to image 0 (from 0) of 0", "correct its 'image'"),
-        ({"messages": [user({"type": "box", "boxes": [[0, 0, 1, 1]], "image": -1}), REPLY]}, "a box's 'region' is true", "an image number"),
-        ({"messages": [user({"type": "box", "boxes": [[0, 0, 1, 1]], "image": "x"}), REPLY]}, "a box's 'region' is true", "an image number"),
+        (picture("no/x.png"), "image no/x.png not found; tried {folder}/no/x.png", "correct the path or image_root"),
+        (picture("/no/x.png"), "image /no/x.png not found; tried /no/x.png", "correct the path"),
+        (picture("images"), "image images not found", "correct the path"),
+        (picture("../x.png"), "leaves its folder {folder}", "name the right image_root"),
+        (picture("images/../../x.png"), "leaves its folder", "image_root"),
+        (picture(".."), "leaves its folder", "image_root"),
+        (picture("https://x.org/a.png"), "is on the network", "download it and name the file"),
+        (picture("data:image/png;base64,%%%"), "not valid base64", "base64"),
+        (picture("data:image/png;base64,ü"), "not valid base64", "base64"),
+        (picture("A" * 5000), "is not a path", "data:image/png;base64"),
+        (picture("A" * 500), "not found", "correct the path"),
+        (picture("a\0.png"), "is not a path", "data:image/png;base64"),
+        (box([[1, 2, 3]]), "box [1, 2, 3] is not [x1, y1, x2, y2]", "x1 <= x2"),
+        (box([[5, 2, 3, 4]]), "box [5, 2, 3, 4] is not", "x1 <= x2"),
+        (box([[0, 0, 1e999, 4]]), "box [0, 0, inf, 4] is not", "x1 <= x2"),
+        (box([["0", 0, 1, 4]]), "box ['0', 0, 1, 4] is not", "x1 <= x2"),
+        (box([[0, 0, 1, 1]]), "a box refers to image 0 (from 0) of 0", "correct its 'image'"),
+        (box([[0, 0, 1, 1]], image=-1), "a box's 'region' is true", "an image number"),
+        (box([[0, 0, 1, 1]], image="x"), "a box's 'region' is true", "an image number"),
         ({"conversations": []}, "'conversations' must be a list with at least one", ""),
         ({"conversations": [{"from": "human"}]}, "message 1 needs 'from' and a text 'value'", ""),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown role 'robot'", "known: human"),
         ({"conversations": SHAREGPT}, "1 <image> marks in user text, but 0 images", "make them equal"),
-        ({"conversations": SHAREGPT, "images": ["images/a.png", "images/b.png"]}, "1 <image> marks in user text, but 2 images", "make them equal"),
-        ({"conversations": SHAREGPT, "images": [{"bytes": "x"}]}, "'image' is one path and 'images' a list of paths", ""),
+        (
+            {"conversations": SHAREGPT, "images": ["images/a.png", "images/b.png"]},
+            "1 <image> marks in user text, but 2 images",
+            "make them equal",
+        ),
+        (
+            {"conversations": SHAREGPT, "images": [{"bytes": "x"}]},
+            "'image' is one path and 'images' a list of paths",
+            "",
+        ),
         ({"conversations": SHAREGPT, "image": 3}, "'image' is one path and 'images' a list of paths", ""),
-        ({"conversations": SHAREGPT, "image": "images/z.png"}, "message 1: image images/z.png not found", "correct the path"),
+        (
+            {"conversations": SHAREGPT, "image": "images/z.png"},
+            "message 1: image images/z.png not found",
+            "correct the path",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_is_named_by_file_line_and_id(folder, row, complaint, remedy):
     good = json.dumps({"messages": [user("Hi"), REPLY]})
     rows = source(folder, f"{good}\n\n{json.dumps({'id': 'bad-7'} | row)}\n")

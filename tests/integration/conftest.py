@@ -1,0 +1,46 @@
+"""A run of the debug size: tiny llava, files on disk, a config that `vlmtune train` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from training_setup import write_data
+
+PLAN = [
+    {"match": "vision", "train": "frozen"},
+    {"match": "projector", "train": "full"},
+    {"match": "language", "train": "lora", "rank": 4, "dropout": 0.1},
+    {"match": "embed", "train": "frozen"},
+    {"match": "lm_head", "train": "frozen"},
+]
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> Path:
+    """train.jsonl: 12 conversations of unequal length, one without an image."""
+    return write_data(tmp_path_factory.mktemp("rows"), 12)
+
+
+@pytest.fixture
+def write_config(tiny_folder, rows, tmp_path) -> Callable[..., Path]:
+    """`write_config("name", steps, **sections)`: a config of a run in tmp_path/name; returns the YAML file."""
+
+    def write(name: str, steps: int, **sections) -> Path:
+        tree = {
+            "model": str(tiny_folder("llava")),
+            "run": str(tmp_path / name),
+            "data": {"train": [{"path": str(rows)}], "workers": 0},
+            "plan": PLAN,
+            "optim": {"lr": 1e-2, "warmup": 2},
+            "train": {"length": steps, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "log_every": 1},
+            "checkpoint": {"every": 1},
+            **sections,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write

@@ -1,0 +1,144 @@
+"""Every command, as a user types it, on a tiny model: exit code, what is printed, what is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForImageTextToText
+
+from vlmtune import cli
+from vlmtune.config import recipe_names
+from vlmtune.observe.log import read_history
+
+
+@pytest.fixture
+def vlmtune(monkeypatch, capsys):
+    """`vlmtune("train", path)` -> (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlmtune", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    monkeypatch.setattr(cli.console, "_width", 200)
+    return run
+
+
+@pytest.fixture
+def config(write_config, rows) -> Path:
+    data = {"train": [{"path": str(rows)}], "eval": {"val": [{"path": str(rows), "limit": 2}]}, "workers": 0}
+    wish = {"every": 2, "generate": True, "max_new_tokens": 3, "gallery": 2}
+    return write_config("run", 4, data=data, evaluate=wish)
+
+
+@pytest.fixture
+def run(config, vlmtune) -> Path:
+    code, _, err = vlmtune("train", config)
+    assert (code, err) == (0, "")
+    return Path(yaml.safe_load(config.read_text())["run"])
+
+
+def test_train(config, vlmtune):
+    code, out, err = vlmtune("train", config, "optim.lr=0.02", "train.length=3")
+    assert (code, err) == (0, "")
+    assert "what trains, and how" in out and "lora r4" in out and "step 3/3" in out and "trained 3 steps" in out
+    run = Path(yaml.safe_load(config.read_text())["run"])
+    files = {p.name for p in run.iterdir()}
+    assert files >= {
+        "config.yaml", "environment.json", "assignment.json", "history.jsonl", "dropped.jsonl", "changed.jsonl",
+        "report.html", "summary.json", "samples.json", "tensorboard", "checkpoints", "before.json",
+    }  # fmt: skip
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["optim"]["lr"] == 0.02 and resolved["train"]["length"] == 3
+    history = read_history(run / "history.jsonl")
+    assert [r["step"] for r in history if r["kind"] == "train"] == [1, 2, 3]
+    assert [r["step"] for r in history if r["kind"] == "eval"] == [2, 3]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["samples"] == 12
+    assert set(summary["metrics"]["val/caption"]["loss"]) == {"before", "after"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {"best", "latest", "step_000003"}
+    assert "<html" in (run / "report.html").read_text()
+
+
+def test_train_refuses_another_config_and_restart_starts_over(config, run, vlmtune):
+    code, _, err = vlmtune("train", config, "optim.lr=0.02")
+    assert code == 1 and "holds a run of another config" in err and "--restart" in err and "Traceback" not in err
+    assert vlmtune("train", config, "optim.lr=0.02", "train.length=3", "--restart")[0] == 0
+    assert [r["step"] for r in read_history(run / "history.jsonl") if r["kind"] == "train"] == [1, 2, 3]
+
+
+def test_eval(run, vlmtune, tmp_path):
+    """The metrics of the last checkpoint are those that the run itself reported; the base's are those before."""
+    summary = json.loads((run / "summary.json").read_text())["metrics"]
+    for checkpoint, moment in (("latest", "after"), ("base", "before")):
+        code, out, err = vlmtune("eval", run, "--checkpoint", checkpoint, "--output", tmp_path / "metrics.json")
+        assert (code, err) == (0, "") and "held-out data" in out
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        expected = {
+            (f"loss/{place}" if metric == "loss" else f"{place}/{metric}"): pair[moment]
+            for place, values in summary.items()
+            for metric, pair in values.items()
+        }
+        assert {k: v for k, v in metrics.items() if k != "loss"} == pytest.approx(expected, rel=1e-6)
+
+
+def test_predict(run, vlmtune, rows, tiny_folder):
+    image = rows.parent / "0.png"
+    for model in (run, tiny_folder("llava")):
+        code, out, err = vlmtune("predict", image, "what is there", "--model", model, "--max-new-tokens", 4)
+        assert (code, err) == (0, "") and out.endswith("\n")
+    code, _, err = vlmtune("predict", rows.parent / "none.png", "what is there", "--model", run)
+    assert code == 1 and "none.png does not exist" in err
+
+
+def test_inspect(config, vlmtune, tmp_path):
+    code, out, err = vlmtune("inspect", config, "--sample", "s4", "--html", tmp_path / "page.html")
+    assert (code, err) == (0, "") and "s4" in out and "page.html" in out.replace("\n", "")
+    page = (tmp_path / "page.html").read_text()
+    assert "s4" in page and "data:image/png;base64," in page
+    assert vlmtune("inspect", config, "--html", tmp_path / "first.html")[0] == 0
+    code, _, err = vlmtune("inspect", config, "--sample", "nobody", "--html", tmp_path / "no.html")
+    assert code == 1 and "no sample with id 'nobody'" in err and not (tmp_path / "no.html").exists()
+
+
+def test_export(run, vlmtune, tmp_path):
+    """`best` by default."""
+    code, out, err = vlmtune("export", run, tmp_path / "exported")
+    assert (code, err) == (0, "") and "28 modules merged" in out
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "exported")
+    code, _, err = vlmtune("export", run, tmp_path / "exported")
+    assert code == 1 and "exists" in err
+
+
+def test_schema(run, vlmtune):
+    """The schema knows every key of a resolved config, section by section, and allows no other."""
+    code, out, err = vlmtune("schema")
+    assert (code, err) == (0, "")
+    schema = json.loads(out)
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert schema["required"] == ["model", "data", "plan"] and set(schema["properties"]) == set(resolved)
+    sections = {"data": "Data", "optim": "Optim", "train": "Train", "checkpoint": "Checkpoint", "evaluate": "Evaluate"}
+    for key, definition in sections.items():
+        assert set(schema["$defs"][definition]["properties"]) == set(resolved[key])
+    assert all(d["additionalProperties"] is False for d in (schema, *schema["$defs"].values()))
+
+
+def test_recipes(vlmtune):
+    code, out, err = vlmtune("recipes")
+    assert (code, err) == (0, "") and out.split() == recipe_names() and "embedded_base" in out.split()
+
+
+def test_help_and_unknown_commands(vlmtune):
+    code, out, _ = vlmtune("--help")
+    assert code == 0 and all(name in out for name in ("train", "eval", "predict", "inspect", "export", "schema", "recipes"))
+    assert vlmtune("fly")[0] == 2

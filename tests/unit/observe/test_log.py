@@ -1,0 +1,106 @@
+"""history.jsonl: weighted means, each step once whatever kills the run, torn lines left out."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from vlmtune.observe.log import History, ProgressLine, duration, keep_until, read_history, train_record
+
+
+def state(step: int) -> SimpleNamespace:
+    return SimpleNamespace(step=step, samples=4 * step, seconds=1.5 * step)
+
+
+def metrics(caption: tuple[float, int], vqa: tuple[float, int] | None = None, seconds: float = 0.5) -> dict:
+    """(mean token loss, supervised tokens) of each task in one step, as `Trainer.train_step` reports it."""
+    parts = {"caption": caption} | ({"vqa": vqa} if vqa else {})
+    total = sum(tokens for _, tokens in parts.values())
+    return {
+        "losses": {f"language/{task}": torch.tensor(mean * n / total) for task, (mean, n) in parts.items()},
+        "weights": {task: n for task, (_, n) in parts.items()},
+        "norms": {"language": torch.tensor(3.0), "projector": torch.tensor(4.0), "total": torch.tensor(5.0)},
+        "lr": {"language": 1e-3, "projector": 1e-4},
+        "samples": 4, "tokens": 100, "data_wait": 0.1, "step_seconds": seconds,
+    }  # fmt: skip
+
+
+def test_means_are_weighted_by_tokens():
+    """Losses were sums over the step's weight; the record holds the mean over all tokens since the last one."""
+    record = train_record(state(2), [metrics((2.0, 30), (1.0, 10)), metrics((4.0, 10), seconds=1.5)])
+    # float32 losses: 7 digits
+    assert record["loss"] == pytest.approx((2.0 * 30 + 1.0 * 10 + 4.0 * 10) / 50, rel=1e-6)
+    assert record["loss_by_task"] == pytest.approx({"caption": (60 + 40) / 40, "vqa": 1.0}, rel=1e-6)
+    assert record["tokens_per_second"] == 100 and record["samples_per_second"] == 4
+    assert record["supervised_tokens_per_second"] == 25 and record["data_wait"] == pytest.approx(0.1)
+    assert record["norm"] == 5 and record["norm_by_rule"] == {"language": 3, "projector": 4}
+
+
+def test_logs_the_first_step_and_every_nth(tmp_path):
+    history = History(tmp_path / "history.jsonl", log_every=3, from_step=0)
+    for step in range(1, 8):
+        history.on_step(state(step), metrics((float(step), 10)))
+    records = read_history(tmp_path / "history.jsonl")
+    assert [r["step"] for r in records] == [1, 3, 6]
+    assert [r["loss"] for r in records] == pytest.approx([1.0, 2.5, 5.0])  # since the record before: 2-3, 4-6
+
+
+def test_a_torn_line_is_left_out_and_written_again(tmp_path):
+    """Killed in the middle of a write at step 3, after the checkpoint of step 2."""
+    path = tmp_path / "history.jsonl"
+    history = History(path, 1, 0)
+    for step in (1, 2, 3):
+        history.on_step(state(step), metrics((1.0, 10)))
+    path.write_text(path.read_text()[:-40])
+    assert [r["step"] for r in read_history(path)] == [1, 2]
+    resumed = History(path, 1, from_step=2)
+    resumed.on_step(state(3), metrics((1.0, 10)))
+    assert [r["step"] for r in read_history(path)] == [1, 2, 3]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
+    path = tmp_path / "history.jsonl"
+    history = History(path, 1, 0)
+    for step in (1, 2, 3, 4):
+        history.on_step(state(step), metrics((1.0, 10)))
+    history.on_eval(state(4), {"loss": 1.0})
+    keep_until(path, 2)
+    assert [r["step"] for r in read_history(path)] == [1, 2]
+    keep_until(tmp_path / "absent.jsonl", 2)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_an_evaluation_is_recorded_once(tmp_path):
+    """Resumed exactly where an evaluation was made, it is not written a second time."""
+    path = tmp_path / "history.jsonl"
+    values = {"loss": 1.5, "loss/val/vqa": 1.5, "val/vqa/exact": 0.25}
+    History(path, 1, 0).on_eval(state(2), values)
+    again = History(path, 1, from_step=2)
+    again.on_eval(state(2), values)
+    again.on_eval(state(4), values)
+    records = read_history(path)
+    assert [r["step"] for r in records] == [2, 4]
+    assert records[0]["metrics"] == {"val/vqa": {"exact": 0.25}}
+    assert records[0]["loss"] == {"loss": 1.5, "val/vqa": 1.5}
+
+
+def test_plain_lines_without_a_terminal():
+    out = io.StringIO()
+    line = ProgressLine(Console(file=out, width=200), total_steps=4, log_every=2)
+    with line:
+        for step in range(1, 5):
+            line.on_step(state(step), metrics((1.0, 10)))
+    assert [text.split("  ")[0] for text in out.getvalue().splitlines()] == ["step 1/4", "step 2/4", "step 4/4"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (61.9, "1:01"), (3723, "1:02:03"), (float("inf"), "?"), (float("nan"), "?")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
