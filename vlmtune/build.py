@@ -60,10 +60,13 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def build_encoder(model_path: str, model: torch.nn.Module, config: Config) -> Encoder:
-    wish = config.data.coordinates
-    convention = anatomy_of(model).coordinates if wish == "auto" else wish
-    return Encoder(load_processor(model_path), coordinates(convention), config.data.max_length)
+def build_encoder(
+    model_path: str, model: torch.nn.Module, convention: str = "auto", max_length: int | None = None
+) -> Encoder:
+    """convention: how boxes are written, "auto" for the model family's own; max_length: tokens."""
+    if convention == "auto":
+        convention = anatomy_of(model).coordinates
+    return Encoder(load_processor(model_path), coordinates(convention), max_length)
 
 
 def build_source(source: Source) -> SampleSource:

@@ -67,7 +67,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
 
     model_path = resolve_model(config.model)
     model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config)
+    encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
     sources = [build_source(source) for source in config.data.train]
     groups = build_eval_groups(config)
     precision = resolve_precision(config.train.precision, device)

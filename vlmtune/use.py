@@ -54,7 +54,7 @@ def load_run(run: Path, checkpoint: str) -> Loaded:
     folder = None if checkpoint == "base" else find_checkpoint(run, checkpoint)
     model_path = resolve_model(config.model)
     model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config)
+    encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
     plan = None
     if folder is not None:
         plan = apply_plan(model, policies(config), config.model, config.train.seed)
@@ -106,10 +106,7 @@ def predict(
     else:
         path = resolve_model(model)
         network = load_model(path).eval()
-        config = Config.model_validate(
-            {"model": model, "data": {"train": [{"path": "-"}]}, "plan": [{"match": "*", "train": "full"}]}
-        )
-        encoder = build_encoder(path, network, config)
+        encoder = build_encoder(path, network)
     parts = [ImageRef(image), *_prompt_parts(prompt, region)]
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
     text = reply(network, encoder, sample, max_new_tokens)

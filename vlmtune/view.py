@@ -27,7 +27,7 @@ def inspect_sample(config: Config, sample_id: str | None, page: Path, console: C
     """Print and write the token view of one sample: the same encoder and data order as training."""
     model_path = resolve_model(config.model)
     model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config)
+    encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
     sources = [build_source(source) for source in config.data.train]
     if sample_id is None:
         settings = build_settings(config, [s.size for s in sources], "fp32")

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 
 from vlmtune.build import build_encoder, resolve_model
-from vlmtune.config import load_config
 from vlmtune.data.scenes import TASKS, SceneRecipe
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.metrics import score_task
@@ -55,7 +54,7 @@ def _without_picture(sample: Sample) -> Sample:
 
 
 def prior_scores(concepts: str, per_task: int) -> dict[str, float]:
-    """"<task>/<metric>" of answering every question with the most frequent training reply to its form."""
+    """ "<task>/<metric>" of answering every question with the most frequent training reply to its form."""
     recipe = SceneRecipe(concepts)
     scores = {}
     for task in TASKS:
@@ -83,10 +82,9 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the model card")
     wish = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config("embedded_base")
     path = resolve_model("embedded")
     model = load_model(path).eval()
-    encoder = build_encoder(path, model, config)
+    encoder = build_encoder(path, model)
     groups = {
         f"{concepts}{' blind' if blind else ''}": [Scenes(concepts, task, wish.per_task, blind) for task in TASKS]
         for concepts in ("base", "new")

@@ -30,8 +30,10 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, bias)
-            losses[part] = _nll(logits, targets[part])
-            directions[part] = (_minus_onehot(logits, targets[part]).to(weight.dtype) @ weight).to(hidden.dtype)
+            normaliser = logits.logsumexp(dim=1)
+            losses[part] = _nll(logits, targets[part], normaliser)
+            d_logits = _minus_onehot(logits, targets[part], normaliser)
+            directions[part] = (d_logits.to(weight.dtype) @ weight).to(hidden.dtype)
         ctx.save_for_backward(directions)
         return losses
 
@@ -47,28 +49,34 @@ class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
         losses = torch.empty(len(targets), dtype=_wide(weight), device=hidden.device)
+        normalisers = torch.empty_like(losses)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            losses[part] = _nll(_logits(hidden[part], weight, bias), targets[part])
-        ctx.save_for_backward(hidden, weight, bias, targets)
+            logits = _logits(hidden[part], weight, bias)
+            normalisers[part] = logits.logsumexp(dim=1)
+            losses[part] = _nll(logits, targets[part], normalisers[part])
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.rows = rows
         return losses
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=_wide(weight))
         d_bias = torch.zeros_like(bias, dtype=_wide(weight)) if bias is not None else None
         for start in range(0, len(targets), ctx.rows):
             part = slice(start, start + ctx.rows)
-            d_logits = _minus_onehot(_logits(hidden[part], weight, bias), targets[part])
+            d_logits = _minus_onehot(_logits(hidden[part], weight, bias), targets[part], normalisers[part])
             d_logits *= upstream[part].unsqueeze(1)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
             d_hidden[part] = (d_logits @ weight).to(hidden.dtype)
-            d_weight += d_logits.T @ hidden[part].to(weight.dtype)
+            if d_weight.dtype == weight.dtype:
+                d_weight.addmm_(d_logits.T, hidden[part].to(weight.dtype))  # no second [V, D]
+            else:
+                d_weight += d_logits.T @ hidden[part].to(weight.dtype)
         return d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype) if bias is not None else None, None, None
 
 
@@ -83,13 +91,14 @@ def _wide(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.logsumexp(dim=1) - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+def _nll(logits: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
+    """normaliser: log of the sum of exp(logits), float[n]."""
+    return normaliser - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
-def _minus_onehot(logits: Tensor, targets: Tensor) -> Tensor:
+def _minus_onehot(logits: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
     """softmax(logits) - onehot(targets), float32[n, V], written over `logits`."""
-    probabilities = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()
+    probabilities = logits.sub_(normaliser.unsqueeze(1)).exp_()
     probabilities[torch.arange(len(targets), device=logits.device), targets] -= 1
     return probabilities
 
