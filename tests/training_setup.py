@@ -1,4 +1,4 @@
-"""A tiny training run in one call: data of unequal lengths, encoder, plan, trainer. For tests only; nothing downloads."""
+"""A tiny training run in one call: data of unequal lengths, encoder, plan, trainer. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from vlmtune.schedule import cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings, Trainer, TrainingModule
 from vlmtune.types import Batch, Encoded
 
-WORDS = "red blue green yellow circle square triangle left right picture one two three big small box".split()
+WORDS = (
+    "red", "blue", "green", "yellow", "circle", "square", "triangle", "left", "right", "picture", "one", "two", "three",
+    "big", "small", "box",
+)  # fmt: skip
 TEXT_ONLY = 3
 """Index of the one sample without an image."""
 

@@ -140,5 +140,7 @@ def test_recipes(vlmtune):
 
 def test_help_and_unknown_commands(vlmtune):
     code, out, _ = vlmtune("--help")
-    assert code == 0 and all(name in out for name in ("train", "eval", "predict", "inspect", "export", "schema", "recipes"))
+    assert code == 0 and all(
+        name in out for name in ("train", "eval", "predict", "inspect", "export", "schema", "recipes")
+    )
     assert vlmtune("fly")[0] == 2

@@ -59,7 +59,9 @@ def test_plain_transformers_computes_what_was_trained(trained_run, rows, tiny_fo
 def test_plain_processor_gives_the_training_ids(trained_run, rows, tiny_folder, quiet, tmp_path):
     export_run(trained_run, "latest", tmp_path / "exported", quiet)
     ours = encode_all(encoder_of(tmp_path / "exported"), rows)
-    assert [s.ids.tolist() for s in ours] == [s.ids.tolist() for s in encode_all(encoder_of(tiny_folder("llava")), rows)]
+    assert [s.ids.tolist() for s in ours] == [
+        s.ids.tolist() for s in encode_all(encoder_of(tiny_folder("llava")), rows)
+    ]
     turns = [
         {"role": "user", "content": [{"type": "text", "text": "what is there"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},

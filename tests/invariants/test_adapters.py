@@ -50,7 +50,7 @@ def test_adapter_at_step_0_is_the_base_model(name, model_folder, encoded):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_merged_equals_unmerged(name, model_folder, encoded):
-    """Class 7. Adapters are made large (their effect is asserted), then merged: logits move by float32 rounding only."""
+    """Class 7. Adapters are made large (the effect is asserted), then merged: logits move by float32 rounding only."""
     encoder, samples = encoded(name)
     (batch,) = micro_batches(encoder, samples, 8)
     model = load_model(str(model_folder(name)))

@@ -97,7 +97,7 @@ def test_gradient_checkpointing_works_below_a_frozen_language_model(model_folder
     layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(True))
     loss_and_gradients(model, micro_batches(encoder, samples, 8))
     assert len(calls) == 2
-    assert not layer.mlp.training  # only the layer's own flag is on: nothing inside a frozen part behaves as in training
+    assert not layer.mlp.training  # only the layer's own flag is on, inside nothing behaves as in training
 
 
 @pytest.mark.parametrize("name", NAMES)

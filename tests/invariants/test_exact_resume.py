@@ -43,39 +43,47 @@ def with_dropout(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "second"),
-    [("llava", 0, 0), ("llava", 1, 0), ("llava", 0, 1), ("qwen2_5_vl", 0, 0), ("smolvlm", 0, 0)]
-    + [pytest.param("embedded", 0, 0, marks=pytest.mark.slow)],  # 20 s: 33 steps of a real tower
+    ("name", "total", "first", "second"),
+    [("llava", 20, 0, 0), ("llava", 6, 1, 0), ("llava", 6, 0, 1), ("qwen2_5_vl", 6, 0, 0), ("smolvlm", 6, 0, 0)]
+    + [pytest.param("embedded", 20, 0, 0, marks=pytest.mark.slow)],  # 20 s: 33 steps of a real tower
 )
-def test_twenty_steps_are_ten_and_ten(name, first, second, model_folder, data, tmp_path):
-    """The first process saves at 10, dies after step 13; the second starts afresh and continues from 10.
+def test_the_whole_run_is_its_two_halves(name, total, first, second, model_folder, data, tmp_path):
+    """The first process saves half-way and dies two steps later; the second starts afresh and continues from there.
 
     first, second: loader processes before and after.
     """
+    half = total // 2
     folder = model_folder(name)
     whole = Losses()
     straight = make_trainer(
-        folder, data, tmp_path / "straight", with_dropout, 20, second, checkpoint_every=10, observers=[whole]
+        folder, data, tmp_path / "straight", with_dropout, total, second, checkpoint_every=half, observers=[whole]
     )
     straight.trainer.fit()
     end = rng_state()
 
     halves = Losses()
     broken = make_trainer(
-        folder, data, tmp_path / "broken", with_dropout, 20, first, checkpoint_every=10, observers=[halves, KillAt(13)]
+        folder,
+        data,
+        tmp_path / "broken",
+        with_dropout,
+        total,
+        first,
+        checkpoint_every=half,
+        observers=[halves, KillAt(half + 2)],
     )
     with pytest.raises(Killed):
         broken.trainer.fit()
     resumed = make_trainer(
-        folder, data, tmp_path / "broken", with_dropout, 20, second, checkpoint_every=10, observers=[halves]
+        folder, data, tmp_path / "broken", with_dropout, total, second, checkpoint_every=half, observers=[halves]
     )
     torch.manual_seed(12345)  # whatever the new process drew before it resumed must not matter
-    resumed.trainer.resume(tmp_path / "broken" / "step_000010")
-    assert resumed.trainer.state.step == 10 and resumed.trainer.state.samples == 40
+    resumed.trainer.resume(tmp_path / "broken" / f"step_{half:06d}")
+    assert resumed.trainer.state.step == half and resumed.trainer.state.samples == 4 * half
     resumed.trainer.fit()
 
-    assert list(whole.seen) == list(range(1, 21)) and halves.seen == whole.seen
-    assert len(set(whole.seen.values())) == 20
+    assert list(whole.seen) == list(range(1, total + 1)) and halves.seen == whole.seen
+    assert len(set(whole.seen.values())) == total
     one, other = snapshot(straight.model), snapshot(resumed.model)
     assert set(one) == set(other) and [key for key in one if not torch.equal(one[key], other[key])] == []
     one, other = optimizer_tensors(straight.trainer.optimizer), optimizer_tensors(resumed.trainer.optimizer)

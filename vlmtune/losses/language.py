@@ -124,10 +124,13 @@ def token_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, rows: 
             function = _TrainableHead if trainable else _FrozenHead
             return function.apply(hidden, weight, bias, targets, rows)
     rows = rows or max(1, chunk_rows(head.base_layer.out_features if hasattr(head, "base_layer") else 65536))
+
+    def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden).float()
+        return _nll(logits, targets, logits.logsumexp(dim=1))
+
     chunks = [
-        checkpoint(
-            lambda h, t: _nll(head(h).float(), t), hidden[i : i + rows], targets[i : i + rows], use_reentrant=False
-        )
+        checkpoint(chunk, hidden[i : i + rows], targets[i : i + rows], use_reentrant=False)
         for i in range(0, len(targets), rows)
     ]
     return torch.cat(chunks)

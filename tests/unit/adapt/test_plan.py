@@ -152,13 +152,19 @@ def test_clear_errors(rules, message, llava):
 def test_a_parameter_without_gradient_stops_the_run_and_is_named(images, tiny_folder, tmp_path):
     """Text-only data never reaches the projector. With images the same plan trains."""
     setup = make_trainer(
-        tiny_folder("llava"), write_data(tmp_path / "data", 8, images), tmp_path / "c", total_steps=2, checkpoint_every=9
+        tiny_folder("llava"),
+        write_data(tmp_path / "data", 8, images),
+        tmp_path / "c",
+        total_steps=2,
+        checkpoint_every=9,
     )
     if images:
         assert setup.trainer.fit().step == 2
         return
     before = {name: p.detach().clone() for name, p in setup.plan.parameters.items()}
-    with pytest.raises(VlmtuneError, match=r"4 of \d+ parameters .* got no gradient, first projector\.linear_1\.weight"):
+    with pytest.raises(
+        VlmtuneError, match=r"4 of \d+ parameters .* got no gradient, first projector\.linear_1\.weight"
+    ):
         setup.trainer.fit()
     assert all(torch.equal(p, before[name]) for name, p in setup.plan.parameters.items()), "stopped before the update"
     assert list(tmp_path.glob("c/step_*")) == []
@@ -265,7 +271,9 @@ def test_fully_trained_tensors_of_another_plan_are_refused(llava):
     plan = apply_plan(llava, rules_of(llava, projector=Policy("full")), "base", seed=0)
     full, _ = trained_state(llava, plan)
     name = "projector.linear_1.weight"
-    with pytest.raises(VlmtuneError, match=r"HERE: stored tensors do not fit the plan, for example projector\.linear_1"):
+    with pytest.raises(
+        VlmtuneError, match=r"HERE: stored tensors do not fit the plan, for example projector\.linear_1"
+    ):
         load_trained(llava, plan, {k: v for k, v in full.items() if k != name}, "HERE")
     with pytest.raises(VlmtuneError, match=r"HERE: projector\.linear_1\.weight has shape \(3,\)"):
         load_trained(llava, plan, full | {name: torch.zeros(3)}, "HERE")

@@ -21,6 +21,7 @@ from vlmtune.data.grounding import coordinates
 from vlmtune.data.images import load_image
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.anatomy import anatomy_of
+from vlmtune.models.embedded import build_processor, train_tokenizer
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.tiny import FAMILIES
 from vlmtune.types import Boxes, Encoded, ImageRef, Kind, Sample, Text, Turn
@@ -284,6 +285,17 @@ def test_the_prompt_is_a_prefix_of_the_sample(model, question, reply):
     assert not whole.supervised()[: len(prompt)].any()
     assert int(whole.kinds[len(prompt)]) in SUPERVISED  # the reply begins right behind it
     assert not prompt.supervised().any()
+
+
+def test_a_reply_is_cut_off_where_generation_starts():
+    """The template's last line break and a reply's first ones must not become one token: the prompt ends in between."""
+    tokenizer = train_tokenizer(["\n\n", "\n\n\n", "yes"] * 50, coordinates("bins").tokens())
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    encoder = Encoder(build_processor(tokenizer), coordinates("bins"))
+    conversation = sample(turn("user", "a"), turn("assistant", "\n\nyes"))
+    whole, prompt = encoder.encode(conversation), encoder.encode_prompt(conversation)
+    assert torch.equal(whole.ids[: len(prompt)], prompt.ids)
+    assert tokenizer.decode(whole.ids[whole.supervised()]) == "\n\nyes<|im_end|>"
 
 
 @every_family

@@ -11,7 +11,7 @@ from vlmtune.losses.objective import Objective
 from vlmtune.models.vlm import Supervised
 from vlmtune.types import Batch, Kind, supervised_mask
 
-R, B, E, U, I, P, S, M = (
+R, B, E, U, Q, P, S, M = (
     int(k)
     for k in (
         Kind.RESPONSE, Kind.BOX, Kind.ENTITY, Kind.UNTRAINED, Kind.INSTRUCTION, Kind.PADDING, Kind.SPECIAL, Kind.IMAGE,
@@ -32,8 +32,8 @@ def states_of(batch: Batch, seed: int) -> Supervised:
     return Supervised(hidden, batch.inputs["input_ids"][:, 1:][carries], batch.kinds[:, 1:][carries], row)
 
 
-ONE = batch_of([[S, M, I, R, R, R], [S, I, U, R, P, P]], ["caption", "vqa"])
-TWO = batch_of([[S, I, B, E, S, I, R]], ["caption"])
+ONE = batch_of([[S, M, Q, R, R, R], [S, Q, U, R, P, P]], ["caption", "vqa"])
+TWO = batch_of([[S, Q, B, E, S, Q, R]], ["caption"])
 
 
 def test_weights_count_supervised_tokens_by_task():
