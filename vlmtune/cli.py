@@ -97,7 +97,7 @@ def inspect(
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     folder: Annotated[Path, typer.Argument(help="where the merged model goes")],
-    checkpoint: Annotated[str, typer.Option(help="latest, best or step_…")] = "best",
+    checkpoint: Annotated[str, typer.Option(help="latest, best or step_…")] = "latest",
 ) -> None:
     """Merge a run's checkpoint into a folder that loads with plain `from_pretrained`, and prove it."""
     from vlmtune.use import export_run

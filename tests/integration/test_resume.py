@@ -187,15 +187,28 @@ def test_killed_before_each_file_operation_of_a_save(step, saved, monkeypatch, t
             break
         assert status == signal.SIGKILL
         deaths += 1
+        trainer.resume(newest)
+        assert (folder / "latest").resolve() == newest.resolve(), "written, but not named before the kill"
         if deaths % 3:  # what follows takes the longest
             continue
-        trainer.resume(newest)
         trainer.fit()  # nothing is left to train: it only tidies up
         trainer.state.step = step
         trainer.save()
         assert [p.name for p in folder.iterdir() if p.name.startswith(".step")] == []
         assert (folder / "latest").resolve().name == f"step_{step:06d}"
     assert status == 0 and deaths > 15, f"{deaths} deaths"
+
+
+def test_killed_between_writing_the_best_checkpoint_and_naming_it(saved, tmp_path):
+    """Its state says that it is the best: the resume gives it the name, which export asks for."""
+    trainer, folder = saved.trainer, tmp_path / "checkpoints"
+    trainer.state.best, trainer.state.best_step = 0.5, 2
+    trainer.save()
+    assert not (folder / "best").exists()
+    trainer.resume(folder / "step_000002")
+    assert (folder / "best").resolve().name == "step_000002"
+    trainer.resume(folder / "step_000001")
+    assert (folder / "best").resolve().name == "step_000002", "the older one never was the best"
 
 
 # ---- damage -----------------------------------------------------------------------------------------------------
