@@ -111,7 +111,7 @@ def scenes(
     train_per_task: Annotated[
         int, typer.Option(min=1, help="training samples of each task and new concept group")
     ] = 1000,
-    val_per_task: Annotated[int, typer.Option(min=1, help="held-out samples of each task")] = 100,
+    val_per_task: Annotated[int, typer.Option(min=1, help="held-out samples of each task")] = 200,
     start: Annotated[int, typer.Option(min=0, help="number of the first sample of each split")] = 0,
 ) -> None:
     """Write the demo's data as ordinary JSONL + PNG files: 24 new concepts, and replay of the 72 old ones."""

@@ -35,6 +35,7 @@ def _checked(parse: Callable[[Any], Any]) -> AfterValidator:
 
 ScheduleValue = Annotated[float | list[tuple[float, float]], _checked(piecewise)]
 LengthValue = Annotated[str | float, _checked(Length.parse)]
+SomeLength = Annotated[str | float, _checked(Length.parse_positive)]
 
 
 class Strict(BaseModel):
@@ -107,7 +108,7 @@ class Optim(Strict):
 
 
 class Train(Strict):
-    length: LengthValue = Field("1 epochs", description="steps, epochs or samples")
+    length: SomeLength = Field("1 epochs", description="steps, epochs or samples")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
     micro_batch_size: int = Field(8, ge=1, description="samples per forward")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
@@ -126,14 +127,14 @@ class Train(Strict):
 
 
 class Checkpoint(Strict):
-    every: LengthValue = Field("500 steps", description="steps, epochs or samples")
+    every: SomeLength = Field("500 steps", description="steps, epochs or samples")
     keep: int = Field(2, ge=1, description="newest checkpoints kept (latest is one of them), besides best")
     best: str = Field("loss", description='"loss", or a metric "group/task/metric"')
     best_is: Literal["lowest", "highest"] = "lowest"
 
 
 class Evaluate(Strict):
-    every: LengthValue | None = Field(None, description="steps, epochs or samples (default: only before and after)")
+    every: SomeLength | None = Field(None, description="steps, epochs or samples (default: only before and after)")
     generate: bool = Field(True, description="generate replies and score them, besides the loss")
     limit: int | None = Field(None, ge=1, description="samples per source during training (before and after: all)")
     batch_size: int = Field(32, ge=1)

@@ -60,6 +60,14 @@ class Length:
         unit = match.group(2) or "steps"
         return cls(float(match.group(1)), unit if unit == "%" else unit.rstrip("s") + "s")
 
+    @classmethod
+    def parse_positive(cls, text: str | int | float) -> Length:
+        """As `parse`, for what must not be nothing: a whole training, an interval."""
+        length = cls.parse(text)
+        if length.amount == 0:
+            raise VlmtuneError(f"length {text!r}: it must be more than zero.")
+        return length
+
     def steps(self, samples_per_step: int, samples_per_epoch: int | None, total: int | None = None) -> int:
         """Whole optimizer steps, rounded up. Raises VlmtuneError where the unit has no meaning here."""
         if self.unit == "steps":

@@ -78,6 +78,7 @@ class Encoder:
         self._lead = self._reply_lead()
         text_only = processor(text=["a"], return_tensors="pt")
         self._extra_names = [n for n in ("token_type_ids", "mm_token_type_ids") if n in text_only]
+        self._stops = self._find_stops()
 
     # ---- public -------------------------------------------------------------------------------------------------
 
@@ -113,6 +114,9 @@ class Encoder:
 
     def stop_token_ids(self) -> set[int]:
         """Ids that end a reply: the tokenizer's eos and the token the template writes after a reply."""
+        return set(self._stops)
+
+    def _find_stops(self) -> set[int]:
         probe = (Turn("user", (Text("a"),)), Turn("assistant", (Text("b"),)))
         encoded = self._encode(Sample("probe", probe), probe, add_generation_prompt=False)
         last = encoded.ids[encoded.kinds == Kind.RESPONSE][-1]
