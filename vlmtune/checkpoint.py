@@ -30,7 +30,7 @@ from vlmtune.adapt.plan import Plan, load_trained, trained_state
 from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from vlmtune.types import VlmtuneError
 
-FORMAT = 2  # 1: the same without the checksum of state.json itself
+FORMAT = 1
 
 
 @dataclass
@@ -103,8 +103,6 @@ def read_state(folder: Path) -> dict:
     except ValueError as error:
         raise VlmtuneError(f"{path} is damaged ({error}); use another checkpoint.") from error
     written_as = described.get("format") if isinstance(described, dict) else None
-    if written_as == 1:
-        return described
     if written_as != FORMAT:
         raise VlmtuneError(f"{path} has format {written_as!r}, not {FORMAT}; use the version that wrote it.")
     if described.pop("checksum", None) != _checksum(described):

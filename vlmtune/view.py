@@ -75,7 +75,6 @@ def token_view(encoder: Encoder, sample: Sample) -> TokenView:
         weights=[1.0 if c else 0.0 for c in carries],
         images=pages,
         boxes=boxes,
-        notes=[f"{len(ids)} tokens, {sum(carries)} with loss; from {sample.origin or 'a generated scene'}"],
     )
 
 
