@@ -68,6 +68,8 @@ def test_train(config, vlmtune):
     assert set(summary["metrics"]["val/caption"]["loss"]) == {"before", "after"}
     assert {p.name for p in (run / "checkpoints").iterdir()} >= {"best", "latest", "step_000003"}
     assert "<html" in (run / "report.html").read_text()
+    first = (run / "first_batch.html").read_text()
+    assert "What the model sees" in first and "with loss" in first and "image ×" in first
 
 
 def test_train_refuses_another_config_and_restart_starts_over(config, run, vlmtune):
