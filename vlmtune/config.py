@@ -54,6 +54,7 @@ class Source(Strict):
     weight: ScheduleValue = Field(1.0, description="share of the mixture; [[progress, weight], …] moves it")
     limit: int | None = Field(None, ge=1, description="use only the first N rows (of scenes: draw only N)")
     split: Literal["train", "val"] = Field("train", description="which scenes (not for files)")
+    turns: int = Field(1, ge=1, description="questions about one scene, at most (training vqa, grounding, referring)")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
@@ -65,6 +66,8 @@ class Source(Strict):
             raise ValueError("split belongs to scenes; a file is its own split")
         if self.scenes is not None and self.image_root is not None:
             raise ValueError("image_root belongs to files; scenes draw their images")
+        if self.turns > 1 and (self.scenes is None or self.split != "train" or self.task in ("caption", "ocr")):
+            raise ValueError("turns belongs to training scenes of vqa, grounding or referring")
         return self
 
 

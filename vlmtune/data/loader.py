@@ -40,6 +40,8 @@ class Steps(Dataset):
                 encoded.append(self.encoder.encode(self.sources[source][row]))
         except VlmtuneError as error:
             return error  # a worker would wrap it in a traceback; the loader raises it in the main process
+        # like lengths share a micro-batch: less padding, same gradient, since a step sums over all of its samples
+        encoded.sort(key=lambda sample: len(sample.ids))
         return [
             collate(encoded[i : i + self.micro_batch_size], self.encoder.pad_token_id)
             for i in range(0, self.batch_size, self.micro_batch_size)

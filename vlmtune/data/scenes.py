@@ -24,6 +24,8 @@ from vlmtune.types import ImageRef, Sample, Turn, VlmtuneError
 __all__ = ["TASKS", "SceneRecipe", "concept_names", "draw_background", "draw_objects", "draw_writing", "object_mask"]
 
 TASKS = ("caption", "vqa", "ocr", "grounding", "referring")
+CHAT_TASKS = ("vqa", "grounding", "referring")  # tasks that have several questions about one scene
+TRIES_PER_TURN = 4
 VAL_STRINGS = 15  # percent of all strings, kept for validation in the task "ocr"
 LONGEST_STRING = 8  # characters
 FONT_SIZES = (18, 22, 26, 30)
@@ -66,15 +68,22 @@ class SceneRecipe:
         self.names = concept_names(concepts)
         self.words = written_words(concepts)
 
-    def sample(self, task: str, index: int, split: Split) -> Sample:
-        """One user turn (PNG image, question), one assistant turn (text, or boxes for "grounding").
+    def sample(self, task: str, index: int, split: Split, turns: int = 1) -> Sample:
+        """A user turn (PNG image, question) and an assistant turn (text, or boxes for "grounding").
+
+        With `turns` > 1, up to that many different questions of the same task about the same scene follow each other
+        (training scenes of CHAT_TASKS only): looking at an image costs more than a question, so a model that is
+        trained from nothing gets more questions per image. The first is that of `turns` = 1, and `meta` is about it.
 
         `meta`, ready for JSON: answer (str, or None for boxes), boxes ([[x1, y1, x2, y2]] in pixels: found, referred
         to, or written in; [] where the task has none), level ("object", "attribute", "relation", "scene"), question
         (name of the form), objects ([{name, kind, box, where}]), background (name of the photo).
-        VlmtuneError: an unknown task or split, or a negative index.
+        VlmtuneError: an unknown task or split, a negative index, or more turns than the task can have.
         """
         id, random = self._seed(task, index, split)
+        if turns > 1 and (task not in CHAT_TASKS or split != "train"):
+            raise VlmtuneError(f"scenes: only training scenes of {', '.join(CHAT_TASKS)} can have several turns")
+        further: list[Question] = []
         if task == "ocr":
             writing, background = self._write(random, split)
             question = questions.what_is_written(writing.text, writing.box)
@@ -83,12 +92,13 @@ class SceneRecipe:
             scene, question = self._ask(task, random, split)
             background, objects = scene.background, scene.objects
             image = draw_objects(draw_background(background), objects)
+            further = self._ask_again(task, scene, question, turns - 1, random)
+        chat = [Turn("user", (ImageRef(_png(image), id), *question.prompt)), Turn("assistant", (question.reply,))]
+        for another in further:
+            chat += [Turn("user", another.prompt), Turn("assistant", (another.reply,))]
         return Sample(
             id=id,
-            turns=(
-                Turn("user", (ImageRef(_png(image), id), *question.prompt)),
-                Turn("assistant", (question.reply,)),
-            ),
+            turns=tuple(chat),
             task=task,
             origin=f"scenes:{id}",
             meta=_meta(question, objects, background),
@@ -120,8 +130,7 @@ class SceneRecipe:
 
     def _ask(self, task: str, random: Random, split: Split) -> tuple[Scene, Question]:
         """A scene, and a question that is clear in it. Scenes where it is not are drawn again."""
-        form = {"caption": questions.caption, "grounding": questions.find, "referring": questions.what_is_in}.get(task)
-        form = form or random.choice(VQA_FORMS[random.choice(list(VQA_FORMS))])
+        form = _form(task, random)
         copies = (1, 2, 3) if form is questions.count else (1, 1, 1, 2)  # of one concept: counts are equally likely
         area = "reserved" if form is questions.which_photo and split == "val" else split
         wanted = random.choice(copies)
@@ -129,6 +138,20 @@ class SceneRecipe:
             scene = arrange(random, self.names, split, wanted, area)
             if question := form(scene, self.names, random):
                 return scene, question
+
+    def _ask_again(self, task: str, scene: Scene, asked: Question, count: int, random: Random) -> list[Question]:
+        """At most `count` further questions about the scene, none of them twice; as many as some tries find."""
+        found = [asked]
+        for _ in range(TRIES_PER_TURN * count):
+            form = _form(task, random)
+            if form is questions.count:  # needs a scene arranged for it: here the answer would mostly be 1
+                continue
+            question = form(scene, self.names, random)
+            if question and question.prompt not in [known.prompt for known in found]:
+                found.append(question)
+            if len(found) > count:
+                break
+        return found[1:]
 
     def _write(self, random: Random, split: Split) -> tuple[Writing, Background]:
         """A number, a word of a name or a time; strings are disjoint between splits, one font is for validation."""
@@ -149,6 +172,12 @@ class SceneRecipe:
         # Whiter than behind objects: dark ink on a night sky would not be legible.
         background = choose_background(random, split, white=(0.6, 0.8))
         return Writing(text, family, size, random.choice(INKS), (x, y), box), background
+
+
+def _form(task: str, random: Random) -> questions.Form:
+    """The question form of a task; for "vqa" a random one of a random level."""
+    form = {"caption": questions.caption, "grounding": questions.find, "referring": questions.what_is_in}.get(task)
+    return form or random.choice(VQA_FORMS[random.choice(list(VQA_FORMS))])
 
 
 def is_val_string(text: str) -> bool:

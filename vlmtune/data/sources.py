@@ -35,16 +35,19 @@ class SampleSource(Protocol):
 
 
 class SceneSource:
-    """Generated scenes of one task. Index i is scene i: every epoch of training draws fresh ones."""
+    """Generated scenes of one task. Index i is scene i: every epoch of training draws fresh ones.
 
-    def __init__(self, concepts: str, task: str, split: str, limit: int | None = None):
+    `turns`: up to so many questions about each scene.
+    """
+
+    def __init__(self, concepts: str, task: str, split: str, limit: int | None = None, turns: int = 1):
         self.name = f"scenes/{concepts}/{task}/{split}"
         self.size = limit
-        self._task, self._split = task, split
+        self._task, self._split, self._turns = task, split, turns
         self._recipe = SceneRecipe(concepts)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._recipe.sample(self._task, index, self._split)
+        return self._recipe.sample(self._task, index, self._split, self._turns)
 
 
 class FileSource:

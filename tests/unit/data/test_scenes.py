@@ -19,7 +19,7 @@ from vlmtune.data.corpus import text_corpus
 from vlmtune.data.export_scenes import write_split
 from vlmtune.data.layout import RESERVED_STRIP, SIZE, held_out
 from vlmtune.data.questions import VQA_FORMS
-from vlmtune.data.scenes import TASKS, SceneRecipe, draw_background, draw_objects
+from vlmtune.data.scenes import CHAT_TASKS, TASKS, SceneRecipe, draw_background, draw_objects
 from vlmtune.types import Boxes, ImageRef, Text, VlmtuneError
 
 GROUPS = ("base", "new", "all")
@@ -412,11 +412,34 @@ def test_form_of_a_sample(samples):
         (lambda: RECIPE.sample("counting", 0, "train"), "unknown task 'counting'"),
         (lambda: RECIPE.sample("vqa", 0, "test"), "train or val"),
         (lambda: RECIPE.sample("vqa", -1, "train"), "negative"),
+        (lambda: RECIPE.sample("ocr", 0, "train", turns=2), "several turns"),
+        (lambda: RECIPE.sample("vqa", 0, "val", turns=2), "several turns"),
     ],
 )
 def test_wrong_arguments_are_refused(call, complaint):
     with pytest.raises(VlmtuneError, match=complaint):
         call()
+
+
+@pytest.mark.parametrize("task", CHAT_TASKS)
+def test_several_turns_ask_different_questions_about_one_scene(task):
+    for index in range(60):
+        one, many = (RECIPE.sample(task, index, "train", turns) for turns in (1, 4))
+        assert many.turns[: len(one.turns)] == one.turns and (many.id, many.meta) == (one.id, one.meta)
+        assert many == RECIPE.sample(task, index, "train", 4)
+        questions = [turn.parts for turn in many.turns[2::2]]
+        assert len(questions) <= 3 and len({repr(parts) for parts in questions}) == len(questions)
+        assert one.turns[0].parts[1:] not in questions
+        assert not any(isinstance(part, ImageRef) for parts in questions for part in parts)
+        objects = {thing["name"]: thing["box"] for thing in many.meta["objects"]}
+        for question, answer in zip(many.turns[2::2], many.turns[3::2], strict=True):
+            if task == "referring":
+                assert list(question.parts[1].boxes[0]) in [thing["box"] for thing in many.meta["objects"]]
+            if task == "grounding":
+                name = question.parts[0].text.removeprefix("Find ").removesuffix(".")
+                assert (name in objects) == isinstance(answer.parts[0], Boxes)
+    lengths = [len(RECIPE.sample(task, index, "train", 4).turns) for index in range(60)]
+    assert 4 < sum(lengths) / len(lengths) <= 8
 
 
 def test_written_split_reads_back(tmp_path):
