@@ -15,14 +15,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vlmtune.data.atlas import Split
-from vlmtune.data.scenes import TASKS, SceneRecipe
+from vlmtune.data.scenes import CHAT_TASKS, TASKS, SceneRecipe
 from vlmtune.types import Boxes, ImageRef, Part, Sample, Text, VlmtuneError
+
+DEMO_TURNS = 3  # questions about each training scene; held-out scenes have one
 
 
 def write_split(
-    recipe: SceneRecipe, tasks: Sequence[str], split: Split, per_task: int, folder: Path, start: int = 0
+    recipe: SceneRecipe, tasks: Sequence[str], split: Split, per_task: int, folder: Path, start: int = 0, turns: int = 1
 ) -> Path:
     """Writes samples `start` to `start + per_task - 1` of every task; returns the path of the JSON Lines file.
+
+    turns: up to so many questions about a scene, of the tasks that have several (`SceneRecipe.sample`).
 
     `folder` appears complete or not at all: everything is written to a temporary folder beside it, which is then
     renamed. The same arguments give the same bytes. VlmtuneError: the folder exists already.
@@ -36,8 +40,9 @@ def write_split(
         (unfinished / "images").mkdir()
         with open(unfinished / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as lines:
             for task in tasks:
+                asked = turns if task in CHAT_TASKS else 1
                 for index in range(start, start + per_task):
-                    lines.write(json.dumps(_row(recipe.sample(task, index, split), unfinished)) + "\n")
+                    lines.write(json.dumps(_row(recipe.sample(task, index, split, asked), unfinished)) + "\n")
         unfinished.chmod(0o755)  # mkdtemp makes it private
         unfinished.rename(folder)
     except BaseException:
@@ -49,17 +54,18 @@ def write_split(
 def write_demo(folder: Path, train_per_task: int, val_per_task: int, start: int = 0) -> Iterator[tuple[Path, int]]:
     """The four splits of the demo, each (JSON Lines file, rows): new and old concepts, train and val.
 
-    The old concepts' training split is replay, a quarter as large. A split that exists is left as it is.
+    The old concepts' training split is replay, half as large. Training conversations ask up to DEMO_TURNS questions.
+    A split that exists is left as it is.
     """
     for group, concepts in (("new", "new"), ("old", "base")):
-        for split, per_task in (
-            ("train", train_per_task if group == "new" else -(-train_per_task // 4)),
-            ("val", val_per_task),
+        for split, per_task, turns in (
+            ("train", train_per_task if group == "new" else -(-train_per_task // 2), DEMO_TURNS),
+            ("val", val_per_task, 1),
         ):
             target = Path(folder) / f"{group}-{split}"
             path = target / f"{split}.jsonl"
             if not target.exists():
-                path = write_split(SceneRecipe(concepts), TASKS, split, per_task, target, start)
+                path = write_split(SceneRecipe(concepts), TASKS, split, per_task, target, start, turns)
             yield path, sum(1 for _ in path.open(encoding="utf-8"))
 
 
