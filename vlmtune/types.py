@@ -46,10 +46,14 @@ class Text:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is not decoded yet: a file, or the encoded bytes of one."""
+    """An image that is not decoded yet: a file, or the encoded bytes of one.
+
+    max_pixels: shrink this one to at most so many (None: what the processor is set to).
+    """
 
     source: Path | bytes
     id: str | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,12 @@ Part = Text | ImageRef | Boxes
 
 @dataclass(frozen=True)
 class Turn:
+    """train: False for a reply that is only context; cut: the reply goes on beyond its last part (SPEC G2)."""
+
     role: Role
     parts: tuple[Part, ...]
     train: bool = True
+    cut: bool = False
 
 
 @dataclass(frozen=True)
