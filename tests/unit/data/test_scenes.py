@@ -466,10 +466,10 @@ def test_written_split_reads_back(tmp_path):
 
 
 def test_a_split_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
-    def fail_late(task, index, split):
+    def fail_late(task, index, split, turns):
         if index == 2:
             raise KeyboardInterrupt
-        return SceneRecipe.sample(RECIPE, task, index, split)
+        return SceneRecipe.sample(RECIPE, task, index, split, turns)
 
     broken = SceneRecipe("base")
     monkeypatch.setattr(broken, "sample", fail_late)
