@@ -32,7 +32,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/losses/cross_entropy.py
 
-# Train the embedded model's projector and language model again (about an hour on one core) and put them into the package.
+# Train the embedded model's projector and language model again (about an hour and a half on one core) and put them into the package.
 base-weights: $(READY)
 	$(BIN)/vlmtune train embedded_base
 	rm -rf build/embedded_base

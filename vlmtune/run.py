@@ -81,8 +81,8 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     if restart and folder.exists():  # only now: whatever is wrong with the new config, the old run is still there
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "assignment.json", json.dumps(plan.rows, indent=1))  # first: it marks a run folder
     write_text(folder / "config.yaml", dump_config(config))
-    write_text(folder / "assignment.json", json.dumps(plan.rows, indent=1))
     write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
     for name in ("dropped.jsonl", "changed.jsonl"):
         (folder / name).touch()
@@ -156,9 +156,14 @@ def prepare_folder(folder: Path, fingerprint: str, restart: bool) -> Path | None
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise VlmtuneError(f"run folder {folder} cannot be written ({existing} is not a writable folder); set run=… .")
+    # hidden names are drafts of a run that was killed while it wrote its first file
+    used = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if used and not (folder / "assignment.json").exists():
+        raise VlmtuneError(
+            f"{folder} is not empty and not a run folder of vlmtune (no assignment.json): its files could be "
+            "overwritten; set run=… to a new folder."
+        )
     if restart:
-        if folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
-            raise VlmtuneError(f"{folder} is not a run folder of vlmtune; --restart deletes only those.")
         return None
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is not None and read_state(checkpoint)["config"] != fingerprint:

@@ -298,12 +298,15 @@ def test_restart_with_a_bad_config_keeps_the_old_run(project, vlmtune):
     assert yaml.safe_load((project.run / "config.yaml").read_text())["optim"]["lr"] == 1e-3
 
 
-def test_restart_deletes_only_run_folders(project, vlmtune):
+def test_only_run_folders_are_written_to_or_deleted(project, vlmtune):
     project.run.mkdir()
     (project.run / "thesis.txt").write_text("years of work")
-    code, _, err = vlmtune("train", project.config, "--restart")
-    assert_one_sentence(code, err, "is not a run folder of vlmtune; --restart deletes only those")
-    assert (project.run / "thesis.txt").read_text() == "years of work"
+    (project.run / "config.yaml").write_text("written: by hand")
+    for flags in ((), ("--restart",)):
+        code, _, err = vlmtune("train", project.config, *flags)
+        assert_one_sentence(code, err, "is not empty and not a run folder of vlmtune", "run=")
+        assert (project.run / "thesis.txt").read_text() == "years of work"
+        assert (project.run / "config.yaml").read_text() == "written: by hand"
 
 
 def test_commands_on_what_is_no_run(project, vlmtune):
