@@ -71,7 +71,7 @@ def build_encoder(
 
 def build_source(source: Source) -> SampleSource:
     if source.scenes is not None:
-        return SceneSource(source.scenes, source.task, source.split, source.limit, source.turns)
+        return SceneSource(source.scenes, source.task, source.split, source.limit, source.turns, source.start)
     root = Path(source.image_root) if source.image_root else None
     if root is not None and not root.is_dir():
         raise VlmtuneError(f"image_root {root} of {source.path} does not exist.")

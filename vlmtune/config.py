@@ -55,6 +55,7 @@ class Source(Strict):
     limit: int | None = Field(None, ge=1, description="use only the first N rows (of scenes: draw only N)")
     split: Literal["train", "val"] = Field("train", description="which scenes (not for files)")
     turns: int = Field(1, ge=1, description="questions about one scene, at most (training vqa, grounding, referring)")
+    start: int = Field(0, ge=0, description="index of the first scene (not for files)")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
@@ -64,6 +65,8 @@ class Source(Strict):
             raise ValueError(f"scenes need a task, one of {', '.join(get_args(Task))}")
         if self.scenes is None and self.split != "train":
             raise ValueError("split belongs to scenes; a file is its own split")
+        if self.scenes is None and self.start:
+            raise ValueError("start belongs to scenes; use limit, or a shorter file")
         if self.scenes is not None and self.image_root is not None:
             raise ValueError("image_root belongs to files; scenes draw their images")
         if self.turns > 1 and (self.scenes is None or self.split != "train" or self.task in ("caption", "ocr")):

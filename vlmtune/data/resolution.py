@@ -121,7 +121,7 @@ def shrunk_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
         return size
     scale = math.sqrt(max_pixels / (width * height))
     short = max(1, math.floor(min(size) * scale))
-    long = min(math.floor(max(size) * scale), max_pixels // short)
+    long = max(1, min(math.floor(max(size) * scale), max_pixels // short))  # scale may round to just below 1 / side
     return (long, short) if width >= height else (short, long)
 
 

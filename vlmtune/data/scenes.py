@@ -140,10 +140,13 @@ class SceneRecipe:
                 return scene, question
 
     def _ask_again(self, task: str, scene: Scene, asked: Question, count: int, random: Random) -> list[Question]:
-        """At most `count` further questions about the scene, none of them twice; as many as some tries find."""
+        """At most `count` further questions about the scene, none of them twice; as many as some tries find.
+
+        Grounding asks only for what is there: any number of absent names could be asked for, and "none" teaches no box.
+        """
         found = [asked]
         for _ in range(TRIES_PER_TURN * count):
-            form = _form(task, random)
+            form = questions.find_present if task == "grounding" else _form(task, random)
             if form is questions.count:  # needs a scene arranged for it: here the answer would mostly be 1
                 continue
             question = form(scene, self.names, random)

@@ -35,19 +35,19 @@ class SampleSource(Protocol):
 
 
 class SceneSource:
-    """Generated scenes of one task. Index i is scene i: every epoch of training draws fresh ones.
+    """Generated scenes of one task. Index i is scene `start` + i: every epoch of training draws fresh ones.
 
     `turns`: up to so many questions about each scene.
     """
 
-    def __init__(self, concepts: str, task: str, split: str, limit: int | None = None, turns: int = 1):
+    def __init__(self, concepts: str, task: str, split: str, limit: int | None = None, turns: int = 1, start: int = 0):
         self.name = f"scenes/{concepts}/{task}/{split}"
         self.size = limit
-        self._task, self._split, self._turns = task, split, turns
+        self._task, self._split, self._turns, self._start = task, split, turns, start
         self._recipe = SceneRecipe(concepts)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._recipe.sample(self._task, index, self._split, self._turns)
+        return self._recipe.sample(self._task, self._start + index, self._split, self._turns)
 
 
 class FileSource:

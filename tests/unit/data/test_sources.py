@@ -237,7 +237,7 @@ def test_a_symbolic_link_below_the_root_is_followed(folder, tmp_path_factory):
 def test_scenes_are_endless_or_limited_and_pure():
     endless, limited = SceneSource("base", "vqa", "train"), SceneSource("base", "vqa", "train", limit=5)
     assert (endless.size, limited.size) == (None, 5)
-    assert endless[3] == limited[3]
+    assert endless[3] == limited[3] == SceneSource("base", "vqa", "train", start=2)[1]
     assert endless[10**6].turns != endless[3].turns
     assert endless.name == "scenes/base/vqa/train"
 
