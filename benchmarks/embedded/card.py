@@ -140,7 +140,7 @@ def training(run: Path) -> str:
     environment = json.loads((run / "environment.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     return (
-        f"- `vlmtune {' '.join(environment['command'][1:])}`: {summary['steps']} steps, {summary['samples']:,} freshly drawn "
+        f"- `vlmtune {' '.join(environment['command'][1:])}`: {summary['steps']} steps, {summary['samples']:,} fresh "
         f"scenes, {summary['train_seconds'] / 60:.0f} minutes on {environment['threads']} thread of "
         f"{environment['processor']} ({environment['precision']}), Python {environment['python']}."
     )
