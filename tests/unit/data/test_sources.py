@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from vlmtune.data.images import load_image
-from vlmtune.data.sources import FileSource, SceneSource, resolve_image
+from vlmtune.data.rows import resolve_image
+from vlmtune.data.sources import FileSource, SceneSource
 from vlmtune.errors import VlmtuneError
 from vlmtune.types import Boxes, ImageRef, Sample, Text, Turn
 
@@ -215,7 +216,8 @@ def test_options(folder):
 
 def test_a_source_is_pure(folder):
     rows = [{"messages": [user(f"Question {n} ü"), REPLY]} for n in range(20)]
-    first, second = source(folder, rows), source(folder, rows)
+    first = source(folder, rows)
+    second = FileSource(folder / "train.jsonl")
     assert [first[i] for i in (13, 2, 19, 2)] == [second[i] for i in (13, 2, 19, 2)]
     assert first[13].turns[0].parts == (Text("Question 13 ü"),)
 
@@ -374,7 +376,7 @@ def test_a_line_that_is_not_utf8_is_named(folder):
         ("x.json", "[]", "holds no rows"),
         ("x.json", "{}", "a .json data file is a list of conversations, this is a dict"),
         ("x.json", "[", "not valid JSON"),
-        ("x.parquet", "x", "unknown ending '.parquet'; use .jsonl or .json"),
+        ("x.xml", "x", "unknown ending '.xml'; use .jsonl or .json"),
     ],
 )
 def test_a_bad_file_is_named(folder, name, content, complaint):
