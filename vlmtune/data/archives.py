@@ -115,7 +115,7 @@ class Tar:
         file.seek(end)
         if end + BLOCK > total:
             raise VlmtuneError(f"{self.path}: truncated, the end mark of a tar is missing; copy the file again.")
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 16):
             if block.strip(b"\0"):
                 raise VlmtuneError(
                     f"{self.path}: bytes after byte {end:,} are no members: a damaged header, or several archives "

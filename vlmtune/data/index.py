@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -40,19 +41,18 @@ class IndexWriter:
     """Appends numbers to columns on disk with a bounded buffer."""
 
     def __init__(self, folder: Path, columns: Columns):
-        self._types = {name: scalar for name, (scalar, _) in columns.items()}
-        self._held: dict[str, list[int]] = {name: [] for name in columns}
+        self._held = {name: array(np.dtype(scalar).char) for name, (scalar, _) in columns.items()}
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in columns}
 
-    def add(self, column: str, numbers) -> None:
+    def add(self, column: str, numbers: Iterable[int]) -> None:
         held = self._held[column]
         held.extend(numbers)
         if len(held) >= BLOCK:
             self._flush(column)
 
     def _flush(self, column: str) -> None:
-        self._files[column].write(np.array(self._held[column], dtype=self._types[column]).tobytes())
-        self._held[column].clear()
+        self._held[column].tofile(self._files[column])
+        del self._held[column][:]
 
     def close(self) -> dict[str, int]:
         """Bytes per column."""
