@@ -22,7 +22,7 @@ from vlmtune.data.strict_json import loads
 from vlmtune.types import VlmtuneError
 
 CACHED_BYTES = 1 << 28  # of decoded row groups kept by each process; the newest one always stays
-LARGE_GROUP = 1 << 26  # bytes from which on reading one row reads too much of its neighbours
+LARGE_GROUP = 1 << 25  # bytes from which on reading one row reads too much of its neighbours
 HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w.-]+))?")
 
 
