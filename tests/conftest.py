@@ -31,6 +31,12 @@ def _names(argument: str | list[str] | tuple[str, ...]) -> list[str]:
     return [name.strip() for name in argument.split(",")] if isinstance(argument, str) else list(argument)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indexes and assembled models go to a folder of this session, not to the user's cache."""
+    os.environ["VLMTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_folder(family)`: a complete model folder (`write_tiny`, seed 0), written once per session: never change it.

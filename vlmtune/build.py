@@ -6,7 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ NOT_FINGERPRINTED = (
 
 
 def cache_folder() -> Path:
-    """Where assembled model folders are kept: $VLMTUNE_CACHE, else ~/.cache/vlmtune."""
+    """Where assembled model folders and indexes of data files are kept: $VLMTUNE_CACHE, else ~/.cache/vlmtune."""
     return Path(os.environ.get("VLMTUNE_CACHE", Path.home() / ".cache" / "vlmtune"))
 
 
@@ -75,7 +75,30 @@ def build_source(source: Source) -> SampleSource:
     root = Path(source.image_root) if source.image_root else None
     if root is not None and not root.is_dir():
         raise VlmtuneError(f"image_root {root} of {source.path} does not exist.")
-    return FileSource(Path(source.path), root, source.task, source.limit)
+    return FileSource(source.path, root, source.task, source.limit, source.split, cache_folder() / "indexes")
+
+
+def source_names(sources: Sequence[SampleSource]) -> list[str]:
+    """A name of its own for every source of a mixture: files in different folders may be called the same."""
+    names: list[str] = []
+    for source in sources:
+        same = sum(earlier.name == source.name for earlier in sources[: len(names)])
+        names.append(f"{source.name} ({same + 1})" if same else source.name)
+    return names
+
+
+def describe_sources(sources: Sequence[SampleSource], groups: dict[str, list[SampleSource]]) -> list[str]:
+    """One line for every source: the name, and the format that was seen in it."""
+    lines = [f"train {name}: {source.format}" for name, source in zip(source_names(sources), sources, strict=True)]
+    for group, held_out in groups.items():
+        lines += [f"eval {group}, {name}: {s.format}" for name, s in zip(source_names(held_out), held_out, strict=True)]
+    return lines
+
+
+def count_samples(mixture: Mixture, sources: Sequence[SampleSource]) -> Callable[[int], dict[str, int]]:
+    """samples of the run so far -> source name -> how many of them came from it. A pure function, so resumes agree."""
+    names = source_names(sources)
+    return lambda samples: dict(zip(names, mixture.counts(samples), strict=True))
 
 
 def build_eval_groups(config: Config) -> dict[str, list[SampleSource]]:
@@ -153,5 +176,6 @@ def fingerprint_tree(config: Config) -> dict:
 
 __all__ = [
     "build_encoder", "build_eval_groups", "build_settings", "build_source", "build_steps", "cache_folder",
-    "fingerprint_tree", "load_model", "policies", "resolve_model", "step_loader", "total_steps",
+    "count_samples", "describe_sources", "fingerprint_tree", "load_model", "policies", "resolve_model", "source_names",
+    "step_loader", "total_steps",
 ]  # fmt: skip

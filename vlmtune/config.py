@@ -43,9 +43,11 @@ class Strict(BaseModel):
 
 
 class Source(Strict):
-    """One stream of samples: a file of conversations (`path`) or the scenes that ship with vlmtune (`scenes`)."""
+    """One stream of samples: conversations on disk or hub (`path`), or the scenes that ship with vlmtune (`scenes`)."""
 
-    path: str | None = Field(None, description="JSONL (OpenAI messages) or JSON (LLaVA / ShareGPT) file")
+    path: str | None = Field(
+        None, description="file (.jsonl .json .csv .tsv .parquet .tar), folder of them, or hub:owner/name"
+    )
     image_root: str | None = Field(
         None, description="folder that relative image paths start from (default: the file's)"
     )
@@ -53,7 +55,7 @@ class Source(Strict):
     task: str | None = Field(None, description="task name: which scenes to draw, or the name for rows without one")
     weight: ScheduleValue = Field(1.0, description="share of the mixture; [[progress, weight], …] moves it")
     limit: int | None = Field(None, ge=1, description="use only the first N rows (of scenes: draw only N)")
-    split: Literal["train", "val"] = Field("train", description="which scenes (not for files)")
+    split: str = Field("train", description="of a folder or hub data set; of scenes: train or val (not for one file)")
     turns: int = Field(1, ge=1, description="questions about one scene, at most (training vqa, grounding, referring)")
     start: int = Field(0, ge=0, description="index of the first scene (not for files)")
 
@@ -63,8 +65,8 @@ class Source(Strict):
             raise ValueError("give either path or scenes")
         if self.scenes is not None and self.task not in get_args(Task):
             raise ValueError(f"scenes need a task, one of {', '.join(get_args(Task))}")
-        if self.scenes is None and self.split != "train":
-            raise ValueError("split belongs to scenes; a file is its own split")
+        if self.scenes is not None and self.split not in ("train", "val"):
+            raise ValueError(f"split of scenes is train or val, not {self.split!r}")
         if self.scenes is None and self.start:
             raise ValueError("start belongs to scenes; use limit, or a shorter file")
         if self.scenes is not None and self.image_root is not None:

@@ -32,7 +32,8 @@ def evaluation_record(evaluation: Evaluation) -> dict:
     return {"metrics": evaluation.metrics, "replies": replies}
 
 
-def summarise(before: dict | None, after: Evaluation | None, state, total_steps: int) -> dict:
+def summarise(before: dict | None, after: Evaluation | None, state, total_steps: int, sources: dict[str, int]) -> dict:
+    """sources: name -> samples trained on."""
     metrics: dict[str, dict] = {}
     for moment, values in (("before", before["metrics"] if before else {}), ("after", after.metrics if after else {})):
         for name, value in values.items():
@@ -45,6 +46,7 @@ def summarise(before: dict | None, after: Evaluation | None, state, total_steps:
         "steps": state.step,
         "total_steps": total_steps,
         "samples": state.samples,
+        "sources": sources,
         "tokens": state.tokens,
         "train_seconds": state.seconds,
         "samples_per_second": state.samples / state.seconds if state.seconds else None,

@@ -27,6 +27,8 @@ from vlmtune.build import (
     build_settings,
     build_source,
     build_steps,
+    count_samples,
+    describe_sources,
     fingerprint_tree,
     load_model,
     policies,
@@ -70,6 +72,8 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
     sources = [build_source(source) for source in config.data.train]
     groups = build_eval_groups(config)
+    for line in describe_sources(sources, groups):
+        console.print(f"data: {line}", highlight=False, markup=False)
     precision = resolve_precision(config.train.precision, device)
     settings = build_settings(config, [source.size for source in sources], precision)
     steps = build_steps(config, sources, encoder, settings.total_steps)
@@ -112,9 +116,10 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         console.print("evaluation before training …")
         write_text(before_file, json.dumps(evaluation_record(measure(None, config.evaluate.generate))))
 
+    by_source = count_samples(steps.mixture, sources)
     observers = [
-        History(folder / "history.jsonl", settings.log_every, from_step),
-        board := TensorBoard(folder / "tensorboard", settings.log_every, from_step),
+        History(folder / "history.jsonl", settings.log_every, from_step, by_source),
+        board := TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source),
         progress := ProgressLine(console, settings.total_steps, settings.log_every),
         PageWriter(folder, every_seconds=20),
     ]
@@ -140,7 +145,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
             observer.on_eval(state, after.metrics)
     board.close()
     before = json.loads(before_file.read_text()) if before_file.exists() else None
-    summary = summarise(before, after, state, settings.total_steps)
+    summary = summarise(before, after, state, settings.total_steps, by_source(state.samples))
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     if after is not None:
         write_text(folder / "samples.json", json.dumps(gallery(folder, before, after, config.evaluate.gallery)))

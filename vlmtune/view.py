@@ -13,6 +13,7 @@ from vlmtune.build import (
     build_settings,
     build_source,
     build_steps,
+    describe_sources,
     load_model,
     resolve_model,
 )
@@ -29,6 +30,8 @@ def inspect_sample(config: Config, sample_id: str | None, page: Path, console: C
     model = load_model(model_path)
     encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
     sources = [build_source(source) for source in config.data.train]
+    for line in describe_sources(sources, {}):
+        console.print(f"data: {line}", highlight=False, markup=False)
     if sample_id is None:
         settings = build_settings(config, [s.size for s in sources], "fp32")
         steps = build_steps(config, sources, encoder, settings.total_steps)

@@ -84,7 +84,7 @@ def test_the_nearest_name_comes_from_the_right_section(place, tree, near):
         ({"train": {"batch_size": 10, "micro_batch_size": 4}}, "batch_size 10 is not a multiple of micro_batch_size 4"),
         ({"data": {"train": [{}]}}, "give either path or scenes"),
         ({"data": {"train": [{"path": "a", "scenes": "base", "task": "vqa"}]}}, "give either path or scenes"),
-        ({"data": {"train": [{"path": "a", "split": "val"}]}}, "split belongs to scenes"),
+        ({"data": {"train": [{"scenes": "base", "task": "vqa", "split": "test"}]}}, "split of scenes is train or val"),
         ({"data": {"train": [{"scenes": "base", "task": "vqa", "image_root": "x"}]}}, "image_root belongs to files"),
         ({"data": {"train": []}}, "data.train"),
         ({"data": {"train": [{"path": "a", "weight": [[0.5, 1]]}]}}, "boundaries that start at 0"),

@@ -36,6 +36,8 @@ DOORS = {
     "transformers": ("models/", "data/encode.py", "data/resolution.py", "evaluate/generate.py"),
     "peft": ("adapt/",),
     "bitsandbytes": ("models/load.py", "optim/optimizer.py"),
+    "pyarrow": ("data/tables.py",),
+    "datasets": ("data/tables.py",),
     "accelerate": (),
     "deepspeed": (),
 }

@@ -6,18 +6,24 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+CountBySource = Callable[[int], dict[str, int]]
+
 
 class History:
-    """Appends one JSON object per logging step and evaluation to history.jsonl."""
+    """Appends one JSON object per logging step and evaluation to history.jsonl.
 
-    def __init__(self, path: Path, log_every: int, from_step: int):
-        self.path, self.log_every = path, log_every
+    by_source: samples of the run so far -> source name -> how many of them came from it.
+    """
+
+    def __init__(self, path: Path, log_every: int, from_step: int, by_source: CountBySource):
+        self.path, self.log_every, self._by_source = path, log_every, by_source
         self._since: list[dict[str, Any]] = []
         keep_until(path, from_step)
         self._evaluated = {record["step"] for record in read_history(path) if record["kind"] == "eval"}
@@ -26,7 +32,7 @@ class History:
         self._since.append(metrics)
         if state.step % self.log_every and state.step != 1:
             return
-        self._append(train_record(state, self._since))
+        self._append(train_record(state, self._since) | {"sources": self._by_source(state.samples)})
         self._since = []
 
     def on_eval(self, state, metrics: dict[str, Any]) -> None:
@@ -105,10 +111,10 @@ def keep_until(path: Path, step: int) -> None:
 class TensorBoard:
     """The same numbers as TensorBoard scalars under <run>/tensorboard."""
 
-    def __init__(self, folder: Path, log_every: int, from_step: int):
+    def __init__(self, folder: Path, log_every: int, from_step: int, by_source: CountBySource):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.log_every = log_every
+        self.log_every, self._by_source = log_every, by_source
         self._writer = SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
 
     def on_step(self, state, metrics: dict[str, Any]) -> None:
@@ -120,6 +126,8 @@ class TensorBoard:
         for group in ("loss_by_task", "lr", "norm_by_rule"):
             for name, value in record[group].items():
                 self._writer.add_scalar(f"{group}/{name}", value, state.step)
+        for name, count in self._by_source(state.samples).items():
+            self._writer.add_scalar(f"samples/{name}", count, state.step)
 
     def on_eval(self, state, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():

@@ -121,6 +121,7 @@ CONVERSATIONS = {
         turn("user", "and ", picture(99, 60)),
         turn("assistant", "blue"),
     ),
+    "a caption": sample(turn("user", picture()), turn("assistant", "a red circle")),
     "text only": sample(turn("user", "how many?"), turn("assistant", "three, or 3.5 - é ☃ 漢")),
 }  # fmt: skip
 

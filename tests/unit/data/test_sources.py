@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from vlmtune.data.images import load_image
-from vlmtune.data.sources import FileSource, SceneSource, resolve_image
+from vlmtune.data.rows import resolve_image
+from vlmtune.data.sources import FileSource, SceneSource
 from vlmtune.errors import VlmtuneError
 from vlmtune.types import Boxes, ImageRef, Sample, Text, Turn
 
@@ -181,6 +182,135 @@ def test_sharegpt_interleaves_its_images_in_order(folder):
     )
 
 
+def test_qwen_vl_reads_img_and_keeps_every_other_character(folder):
+    """The form of Qwen-VL's own fine-tuning data; <ref> and <box> are text there, in the coordinates they are in."""
+    row = {
+        "id": "identity_2",
+        "conversations": [
+            {
+                "from": "user",
+                "value": "Picture 1: <img>images/a.png</img>\nPicture 2: <img>images/b.png</img>\nBoth of what?",
+            },
+            {"from": "assistant", "value": "<ref>Squares</ref><box>(588,499),(725,789)</box>"},
+            {"from": "user", "value": "Sure?"},
+            {"from": "assistant", "value": "I wrote <img>no.png</img>"},  # in a reply it is text
+        ],
+    }
+    assert [turn.parts for turn in one(folder, row).turns] == [
+        (
+            Text("Picture 1: "),
+            ImageRef(folder / "images" / "a.png"),
+            Text("\nPicture 2: "),
+            ImageRef(folder / "images" / "b.png"),
+            Text("\nBoth of what?"),
+        ),
+        (Text("<ref>Squares</ref><box>(588,499),(725,789)</box>"),),
+        (Text("Sure?"),),
+        (Text("I wrote <img>no.png</img>"),),
+    ]
+
+
+def test_img_is_text_in_a_row_with_an_image_field(folder):
+    row = {"image": "images/a.png", "conversations": SHAREGPT}
+    row["conversations"] = [{"from": "human", "value": "<image>What does <img>x</img> mean?"}, SHAREGPT[1]]
+    assert one(folder, row).turns[0].parts[1] == Text("What does <img>x</img> mean?")
+
+
+A, B = ("images/a.png", "images/b.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("Compare <image>\nand <image>.", ["Compare ", "a", "and ", "b", "."]),
+        ("Compare them.", ["a", "b", "Compare them."]),  # without a mark they stand first
+        ([{"type": "text", "text": "Compare them."}], ["a", "b", "Compare them."]),
+        ([{"type": "image"}, {"type": "text", "text": "<image>?"}, {"type": "image"}], ["a", "<image>?", "b"]),
+        ([{"type": "image", "index": 1}, {"type": "image", "index": 0}], ["b", "a"]),
+        ([{"type": "image", "image": B}, {"type": "image"}, {"type": "text", "text": "?"}], ["b", "a", "?"]),
+        (
+            [{"type": "image", "image": A}, {"type": "image", "image": B}, {"type": "image", "image": A}],
+            ["a", "b", "a"],
+        ),
+    ],
+)
+def test_messages_with_an_image_field(folder, content, expected):
+    """As tables and trl have it: the images in a field, and messages with marks, with bare parts, or with neither."""
+    row = {
+        "images": [A, B],
+        "messages": [{"role": "system", "content": "Look."}, {"role": "user", "content": content}, REPLY],
+    }
+    sample = one(folder, row)
+    said = [p.text if isinstance(p, Text) else p.source.stem for p in sample.turns[1].parts]
+    assert said == expected
+    assert sample.turns[0].parts == (Text("Look."),)
+
+
+def test_without_images_a_mark_in_messages_is_text(folder):
+    for images in ({}, {"images": []}, {"images": None}, {"image": ""}):
+        sample = one(folder, {"messages": [user("What is <image>?"), REPLY], **images})
+        assert sample.turns[0].parts == (Text("What is <image>?"),)
+
+
+def test_questions_with_answers_boxes_and_no_images(folder):
+    rows = [
+        {"question": "What?", "answer": "That.", "images": [A, B], "system": "Be brief."},
+        {"question": "Where is it in <image>?", "answer": "Here:", "boxes": [[0, 1, 2, 3]], "image": A},
+        {"question": "What is <image>?", "answer": "A mark."},
+    ]
+    assert [sample.turns for sample in (source(folder, rows)[i] for i in range(3))] == [
+        (
+            Turn("system", (Text("Be brief."),)),
+            Turn("user", (ImageRef(folder / A), ImageRef(folder / B), Text("What?"))),
+            Turn("assistant", (Text("That."),)),
+        ),
+        (
+            Turn("user", (Text("Where is it in "), ImageRef(folder / A), Text("?"))),
+            Turn("assistant", (Text("Here:"), Boxes(((0, 1, 2, 3),)))),
+        ),
+        (Turn("user", (Text("What is <image>?"),)), Turn("assistant", (Text("A mark."),))),
+    ]
+
+
+def test_captions(folder):
+    sample = one(folder, {"image": A, "caption": "A red square.", "task": "caption"})
+    assert sample.turns == (Turn("user", (ImageRef(folder / A),)), Turn("assistant", (Text("A red square."),)))
+
+
+def test_system_of_sharegpt_comes_first(folder):
+    row = {"system": "Be brief.", "conversations": SHAREGPT, "image": A}
+    assert one(folder, row).turns[0] == Turn("system", (Text("Be brief."),))
+
+
+def test_entities_are_kept_with_the_sample(folder):
+    row = {"messages": [user("What?"), REPLY], "entities": ["red square", "A"], "meta": {"level": 1}}
+    sample = one(folder, row)
+    assert sample.meta == {"level": 1, "entities": ["red square", "A"]}
+    assert row["meta"] == {"level": 1}
+
+
+def test_an_entity_of_a_reply_that_does_not_train_is_refused(folder):
+    row = {
+        "messages": [user("What?"), REPLY | {"train": False}, user("?"), REPLY | {"content": "No."}],
+        "entities": ["red"],
+    }
+    with pytest.raises(VlmtuneError, match="entity 'red' occurs in no reply"):
+        one(folder, row)
+
+
+def test_null_stands_for_an_absent_part_of_a_message(folder):
+    """Arrow gives every part of a column the same fields."""
+    empty = {"text": None, "image": None, "boxes": None, "region": None, "id": None, "index": None}
+    content = [
+        empty | {"type": "image", "image": A},
+        empty | {"type": "text", "text": "Where?"},
+        {"type": "box", "boxes": [[0, 0, 1, 1]], "region": None, "image": None},
+    ]
+    sample = one(folder, {"messages": [{"role": "user", "content": content, "train": None}, REPLY | {"train": None}]})
+    assert sample.turns[0].parts == (ImageRef(folder / A), Text("Where?"), Boxes(((0, 0, 1, 1),)))
+    assert sample.turns[1].train
+
+
 def test_text_only_rows_need_no_image(folder):
     rows = [
         {"messages": [user("Hi"), REPLY]},
@@ -215,7 +345,8 @@ def test_options(folder):
 
 def test_a_source_is_pure(folder):
     rows = [{"messages": [user(f"Question {n} ü"), REPLY]} for n in range(20)]
-    first, second = source(folder, rows), source(folder, rows)
+    first = source(folder, rows)
+    second = FileSource(folder / "train.jsonl")
     assert [first[i] for i in (13, 2, 19, 2)] == [second[i] for i in (13, 2, 19, 2)]
     assert first[13].turns[0].parts == (Text("Question 13 ü"),)
 
@@ -374,7 +505,7 @@ def test_a_line_that_is_not_utf8_is_named(folder):
         ("x.json", "[]", "holds no rows"),
         ("x.json", "{}", "a .json data file is a list of conversations, this is a dict"),
         ("x.json", "[", "not valid JSON"),
-        ("x.parquet", "x", "unknown ending '.parquet'; use .jsonl or .json"),
+        ("x.xml", "x", "unknown ending '.xml'; use .jsonl or .json"),
     ],
 )
 def test_a_bad_file_is_named(folder, name, content, complaint):

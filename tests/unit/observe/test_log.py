@@ -30,6 +30,10 @@ def metrics(caption: tuple[float, int], vqa: tuple[float, int] | None = None, se
     }  # fmt: skip
 
 
+def by_source(samples: int) -> dict[str, int]:
+    return {"a.jsonl": samples - samples // 4, "b.jsonl": samples // 4}
+
+
 def test_means_are_weighted_by_tokens():
     """Losses were sums over the step's weight; the record holds the mean over all tokens since the last one."""
     record = train_record(state(2), [metrics((2.0, 30), (1.0, 10)), metrics((4.0, 10), seconds=1.5)])
@@ -42,7 +46,7 @@ def test_means_are_weighted_by_tokens():
 
 
 def test_logs_the_first_step_and_every_nth(tmp_path):
-    history = History(tmp_path / "history.jsonl", log_every=3, from_step=0)
+    history = History(tmp_path / "history.jsonl", 3, 0, by_source)
     for step in range(1, 8):
         history.on_step(state(step), metrics((float(step), 10)))
     records = read_history(tmp_path / "history.jsonl")
@@ -50,15 +54,23 @@ def test_logs_the_first_step_and_every_nth(tmp_path):
     assert [r["loss"] for r in records] == pytest.approx([1.0, 2.5, 5.0])  # since the record before: 2-3, 4-6
 
 
+def test_every_record_counts_the_samples_of_each_source(tmp_path):
+    history = History(tmp_path / "history.jsonl", 1, 0, by_source)
+    for step in (1, 2):
+        history.on_step(state(step), metrics((1.0, 10)))
+    records = read_history(tmp_path / "history.jsonl")
+    assert [r["sources"] for r in records] == [{"a.jsonl": 3, "b.jsonl": 1}, {"a.jsonl": 6, "b.jsonl": 2}]
+
+
 def test_a_torn_line_is_left_out_and_written_again(tmp_path):
     """Killed in the middle of a write at step 3, after the checkpoint of step 2."""
     path = tmp_path / "history.jsonl"
-    history = History(path, 1, 0)
+    history = History(path, 1, 0, by_source)
     for step in (1, 2, 3):
         history.on_step(state(step), metrics((1.0, 10)))
     path.write_text(path.read_text()[:-40])
     assert [r["step"] for r in read_history(path)] == [1, 2]
-    resumed = History(path, 1, from_step=2)
+    resumed = History(path, 1, 2, by_source)
     resumed.on_step(state(3), metrics((1.0, 10)))
     assert [r["step"] for r in read_history(path)] == [1, 2, 3]
     assert all(json.loads(line) for line in path.read_text().splitlines())
@@ -66,7 +78,7 @@ def test_a_torn_line_is_left_out_and_written_again(tmp_path):
 
 def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     path = tmp_path / "history.jsonl"
-    history = History(path, 1, 0)
+    history = History(path, 1, 0, by_source)
     for step in (1, 2, 3, 4):
         history.on_step(state(step), metrics((1.0, 10)))
     history.on_eval(state(4), {"loss": 1.0})
@@ -80,8 +92,8 @@ def test_an_evaluation_is_recorded_once(tmp_path):
     """Resumed exactly where an evaluation was made, it is not written a second time."""
     path = tmp_path / "history.jsonl"
     values = {"loss": 1.5, "loss/val/vqa": 1.5, "val/vqa/exact": 0.25}
-    History(path, 1, 0).on_eval(state(2), values)
-    again = History(path, 1, from_step=2)
+    History(path, 1, 0, by_source).on_eval(state(2), values)
+    again = History(path, 1, 2, by_source)
     again.on_eval(state(2), values)
     again.on_eval(state(4), values)
     records = read_history(path)
