@@ -11,7 +11,7 @@ from rich.table import Table
 from vlmtune.data.images import load_image
 from vlmtune.evaluate.evaluation import Evaluation, Scored
 from vlmtune.evaluate.metrics import reference_text
-from vlmtune.types import Boxes
+from vlmtune.types import Boxes, Part, Points, Text
 
 
 def metrics_table(metrics: dict) -> Table:
@@ -99,6 +99,17 @@ def gallery(folder: Path, before: dict | None, after: Evaluation, count: int) ->
 
 
 def question_text(sample) -> str:
-    """The last user turn in words; a region is shown as "[region]"."""
+    """The last user turn in words; a region is shown as "[region]", a point as "[point]" or "[click]"."""
     user = [turn for turn in sample.turns if turn.role == "user"][-1]
-    return "".join("[region]" if isinstance(p, Boxes) else getattr(p, "text", "") for p in user.parts).strip()
+    return "".join(map(_in_words, user.parts)).strip()
+
+
+def _in_words(part: Part) -> str:
+    match part:
+        case Text(text):
+            return text
+        case Boxes():
+            return "[region]"
+        case Points(click=click):
+            return "[click]" if click else "[point]"
+    return ""

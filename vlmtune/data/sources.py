@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 
 from vlmtune.data.scenes import SceneRecipe
-from vlmtune.types import Boxes, ImageRef, Part, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import Boxes, ImageRef, Part, Points, Sample, Text, Turn, VlmtuneError
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 LONGEST_PATH = 4096  # bytes a Linux kernel takes; longer "paths" are image bytes somebody pasted
+LARGEST_COORDINATE = 1e9  # pixels
 PLACEHOLDER = "<image>"  # of the LLaVA and ShareGPT formats only; there it is markup by definition of the format
 
 
@@ -134,7 +134,7 @@ def parse_row(row: Any, origin: str, roots: Sequence[Path], task: str, default_i
     task = task if row.get("task") is None else str(row["task"])
     sample = Sample(sample_id, tuple(turns), task, origin, row.get("meta") or {})
     _check_turns(sample, where)
-    _check_boxes(sample, where)
+    _check_places(sample, where)
     return sample
 
 
@@ -150,15 +150,18 @@ def _check_turns(sample: Sample, where: str) -> None:
             raise VlmtuneError(f"{where}: message {number} puts an image into an assistant reply; move it to the user.")
 
 
-def _check_boxes(sample: Sample, where: str) -> None:
+def _check_places(sample: Sample, where: str) -> None:
     count = len(sample.images)
-    for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, Boxes)):
+    for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, (Boxes, Points))):
         if part.image >= count:
-            raise VlmtuneError(f"{where}: a box refers to image {part.image} (from 0) of {count}; correct its 'image'.")
+            what = "box" if isinstance(part, Boxes) else "point"
+            raise VlmtuneError(
+                f"{where}: a {what} refers to image {part.image} (from 0) of {count}; correct its 'image'."
+            )
 
 
 def _has_reply(turn: Turn) -> bool:
-    return any(isinstance(p, Boxes) or (isinstance(p, Text) and p.text.strip()) for p in turn.parts)
+    return any(isinstance(p, (Boxes, Points)) or (isinstance(p, Text) and p.text.strip()) for p in turn.parts)
 
 
 def _openai_turns(messages: Any, where: str, roots: Sequence[Path]) -> list[Turn]:
@@ -198,17 +201,34 @@ def _openai_part(part: Any, place: str, roots: Sequence[Path]) -> Part:
         if not isinstance(region, bool) or type(image) is not int or image < 0:
             raise VlmtuneError(f"{place}: a box's 'region' is true or false, its 'image' an image number from 0.")
         return Boxes(_boxes(part["boxes"], place), region, image)
-    raise VlmtuneError(f"{place}: part {json.dumps(part)[:80]} is not text, image, image_url or box.")
+    if kind == "point" and isinstance(part.get("points"), list):
+        click, image = part.get("click", False), part.get("image", 0)
+        if not isinstance(click, bool) or type(image) is not int or image < 0:
+            raise VlmtuneError(f"{place}: a point's 'click' is true or false, its 'image' an image number from 0.")
+        return Points(_points(part["points"], place), click, image)
+    raise VlmtuneError(f"{place}: part {json.dumps(part)[:80]} is not text, image, image_url, box or point.")
 
 
 def _boxes(values: list, place: str) -> tuple:
     boxes = []
     for value in values:
-        numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
-        if not numbers or not all(map(math.isfinite, value)) or value[0] > value[2] or value[1] > value[3]:
+        if not _are_numbers(value, 4) or value[0] > value[2] or value[1] > value[3]:
             raise VlmtuneError(f"{place}: box {value} is not [x1, y1, x2, y2] in pixels with x1 <= x2 and y1 <= y2.")
         boxes.append(tuple(float(v) for v in value))
     return tuple(boxes)
+
+
+def _points(values: list, place: str) -> tuple:
+    for value in values:
+        if not _are_numbers(value, 2):
+            raise VlmtuneError(f"{place}: point {value} is not [x, y] in pixels.")
+    return tuple((float(x), float(y)) for x, y in values)
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    """Whether this is a list of so many finite numbers; JSON's integers may be too long for a float."""
+    is_list = isinstance(value, list) and len(value) == count and all(type(v) in (int, float) for v in value)
+    return is_list and all(abs(v) < LARGEST_COORDINATE for v in value)
 
 
 def _sharegpt_turns(row: dict, where: str, roots: Sequence[Path]) -> list[Turn]:
