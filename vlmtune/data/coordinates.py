@@ -206,8 +206,8 @@ def _unseen(what: str, geometry: ImageGeometry) -> str:
     left, top, right, bottom = geometry.visible
     return (
         f"{what} lies outside what the model sees of its image of {geometry.width}x{geometry.height} pixels, which is "
-        f"x {left:.1f} to {right:.1f} and y {top:.1f} to {bottom:.1f}: the image processor crops (do_center_crop); use one "
-        "that does not crop, or remove the sample."
+        f"x {left:.1f} to {right:.1f} and y {top:.1f} to {bottom:.1f}: the image processor crops (do_center_crop); use "
+        "one that does not crop, or remove the sample."
     )
 
 

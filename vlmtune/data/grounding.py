@@ -13,7 +13,7 @@ Round trip: what the model sees comes back within half a bin of the canvas, edge
     bins1000   <box><loc_025><loc_025><loc_500><loc_999></box>                    W / 2000
     markup     <box><x>0.025</x><y>0.025</y><x>0.500</x><y>1.000</y></box>        W / 2000
     paligemma  <loc0026><loc0026><loc1023><loc0512>, that is y1 x1 y2 x2          W / 2046
-    kosmos2    <object><patch_index_0000><patch_index_1008></object>              W / 64
+    kosmos2    <object><patch_index_0000><patch_index_1007></object>              W / 64
 """
 
 from __future__ import annotations

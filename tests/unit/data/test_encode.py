@@ -500,7 +500,7 @@ def test_what_the_centre_crop_hides_is_named(model):
         model.encoder.encode(lost)
     cut = sample(turn("user", picture(80, 60), "a"), turn("assistant", Boxes(((0, 0, 40, 60),))))
     encoded = model.encoder.encode(cut)
-    assert model.decode(encoded.ids[encoded.kinds == Kind.BOX]) == "<box>[[0,0,500,1000]]</box>"
+    assert model.decode(encoded.ids[encoded.kinds == Kind.BOX]).strip() == "<box>[[0,0,500,1000]]</box>"
 
 
 @pytest.mark.parametrize("family", ["gemma3"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vlmtune.data import grounding
 from vlmtune.data.grounding import convention_names, coordinates
 from vlmtune.models import anatomy
 from vlmtune.types import Box, ImageGeometry, Point, VlmtuneError
@@ -156,6 +158,18 @@ def test_worked_examples(name):
         convention.render_points([(64, 48)], GEOMETRY),
         convention.render_points([(64, 48), (640, 240)], GEOMETRY, click=True),
     ) == WORKED[name]
+
+
+def test_the_tables_of_the_guide_and_of_the_module_are_true():
+    """A row says: name, how the box (16, 12, 320, 480) in 640 x 480 looks, how a click at (16, 12) does."""
+    guide = (Path(__file__).parents[3] / "docs" / "guide" / "data.md").read_text(encoding="utf-8")
+    geometry = ImageGeometry(640, 480, 640, 480)
+    for name in NAMES:
+        convention = coordinates(name)
+        box = convention.render([(16, 12, 320, 480)], geometry)
+        click = convention.render_points([(16, 12)], geometry, click=True)
+        assert f"| `{name}` | `{box}` | `{click}` |" in guide
+        assert any(line.split()[:1] == [name] and box in line for line in grounding.__doc__.splitlines())
 
 
 def test_worked_examples_of_parsing():
