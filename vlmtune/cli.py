@@ -69,13 +69,14 @@ def predict(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
-    """The reply to one question about one image, with boxes read back to pixels."""
+    """The reply to one question about one image, with boxes and points read back to pixels."""
     from vlmtune.use import predict as run
 
-    reply, boxes = run(image, prompt, model, checkpoint, region, max_new_tokens)
-    console.print(reply, markup=False, highlight=False)
-    for box in boxes:
-        console.print("box in pixels: " + ", ".join(f"{v:.1f}" for v in box), highlight=False)
+    prediction = run(image, prompt, model, checkpoint, region, max_new_tokens)
+    console.print(prediction.text, markup=False, highlight=False)
+    for what, places in (("box", prediction.boxes), ("point", prediction.points), ("click", prediction.clicks)):
+        for place in places:
+            console.print(f"{what} in pixels: " + ", ".join(f"{v:.1f}" for v in place), highlight=False)
 
 
 @app.command()

@@ -80,7 +80,7 @@ class Data(Strict):
     train: list[Source] = Field(min_length=1)
     eval: dict[str, list[Source]] = Field(default_factory=dict, description="held-out groups by name")
     max_length: int | None = Field(2048, ge=8, description="tokens per sample, images included")
-    coordinates: str = Field("auto", description="how boxes are written: auto, norm1000, pixels, bins")
+    coordinates: str = Field("auto", description="how boxes and points are written: auto, norm1000, pixels, …")
     workers: int = Field(1, ge=0, description="processes that decode and encode ahead")
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from vlmtune.data.images import load_image
 from vlmtune.evaluate.evaluation import Evaluation, Scored
 from vlmtune.evaluate.metrics import reference_text
-from vlmtune.types import Boxes
+from vlmtune.types import Boxes, Part, Points, Text, Turn
 
 
 def metrics_table(metrics: dict) -> Table:
@@ -87,7 +87,7 @@ def gallery(folder: Path, before: dict | None, after: Evaluation, count: int) ->
                 "group": scored.group,
                 "task": scored.sample.task,
                 "question": question_text(scored.sample),
-                "reference": reference_text(last) or f"{len(truth)} box" + "es" * (len(truth) != 1),
+                "reference": reference_text(last) or _counted(last),
                 "before": reply,
                 "after": scored.reply,
                 "boxes_true": truth or asked,
@@ -101,6 +101,30 @@ def gallery(folder: Path, before: dict | None, after: Evaluation, count: int) ->
 
 
 def question_text(sample) -> str:
-    """The last user turn in words; a region is shown as "[region]"."""
+    """The last user turn in words; a region is shown as "[region]", a point as "[point]" or "[click]"."""
     user = [turn for turn in sample.turns if turn.role == "user"][-1]
-    return "".join("[region]" if isinstance(p, Boxes) else getattr(p, "text", "") for p in user.parts).strip()
+    return "".join(map(_in_words, user.parts)).strip()
+
+
+def _counted(turn: Turn) -> str:
+    """What a reply without words consists of: "2 boxes", "1 click"."""
+    boxes = sum(len(part.boxes) for part in turn.parts if isinstance(part, Boxes))
+    counts = {"point": 0, "click": 0}
+    for part in turn.parts:
+        if isinstance(part, Points):
+            counts["click" if part.click else "point"] += len(part.points)
+    said = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count]
+    if boxes or not said:
+        said.insert(0, f"{boxes} box" + "es" * (boxes != 1))
+    return ", ".join(said)
+
+
+def _in_words(part: Part) -> str:
+    match part:
+        case Text(text):
+            return text
+        case Boxes():
+            return "[region]"
+        case Points(click=click):
+            return "[click]" if click else "[point]"
+    return ""

@@ -34,6 +34,9 @@ SUPERVISED = (Kind.RESPONSE, Kind.BOX, Kind.ENTITY)
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 in pixels of the upright original image."""
 
+Point = tuple[float, float]
+"""x, y in pixels of the upright original image."""
+
 Role = Literal["system", "user", "assistant"]
 
 
@@ -68,7 +71,29 @@ class Boxes:
     image: int = 0
 
 
-Part = Text | ImageRef | Boxes
+@dataclass(frozen=True)
+class Points:
+    """Points in upright original pixels of image number `image` of the sample; rendered in the model's own convention.
+
+    `click=True` is where somebody acts (presses, taps), False a place that is only named.
+    """
+
+    points: tuple[Point, ...]
+    click: bool = False
+    image: int = 0
+
+
+Part = Text | ImageRef | Boxes | Points
+
+
+def _is_empty(part: Part) -> bool:
+    match part:
+        case Text(text):
+            return not text.strip()
+        case Boxes(places) | Points(places):
+            return not places
+        case ImageRef():
+            return False
 
 
 @dataclass(frozen=True)
@@ -79,6 +104,11 @@ class Turn:
     parts: tuple[Part, ...]
     train: bool = True
     cut: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing in it but space. An image is something, an empty list of boxes is not."""
+        return all(_is_empty(part) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -98,12 +128,45 @@ class Sample:
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """How an original image became the pixels the model sees (widths and heights in pixels)."""
+    """How an original image of width x height pixels came to the model's canvas of resized_width x resized_height.
+
+    The canvas is what the vision tower gets, after resize, crop and padding. placed: the rectangle of the canvas, in
+    canvas pixels, that the whole original covers. It sticks out of the canvas where the image was cropped and leaves a
+    margin where it was padded. None: it is the canvas.
+    """
 
     width: int
     height: int
     resized_width: int
     resized_height: int
+    placed: Box | None = None
+
+    @property
+    def visible(self) -> Box:
+        """The part of the original that is on the canvas, in original pixels."""
+        left, top = self.to_original(0.0, 0.0)
+        right, bottom = self.to_original(1.0, 1.0)
+        return max(left, 0.0), max(top, 0.0), min(right, float(self.width)), min(bottom, float(self.height))
+
+    def to_canvas(self, x: float, y: float) -> Point:
+        """Original pixels -> fractions of the canvas: 0 to 1 where it can be seen."""
+        if self.placed is None:
+            return x / self.width, y / self.height
+        left, top, right, bottom = self.placed
+        return (
+            (left + x * (right - left) / self.width) / self.resized_width,
+            (top + y * (bottom - top) / self.height) / self.resized_height,
+        )
+
+    def to_original(self, u: float, v: float) -> Point:
+        """Fractions of the canvas -> original pixels."""
+        if self.placed is None:
+            return u * self.width, v * self.height
+        left, top, right, bottom = self.placed
+        return (
+            (u * self.resized_width - left) * self.width / (right - left),
+            (v * self.resized_height - top) * self.height / (bottom - top),
+        )
 
 
 @dataclass

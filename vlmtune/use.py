@@ -29,7 +29,7 @@ from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
 from vlmtune.models.load import load_processor, save_processor
 from vlmtune.outcome import metrics_table
-from vlmtune.types import Box, Boxes, ImageRef, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import Box, Boxes, ImageRef, Point, Sample, Text, Turn, VlmtuneError
 
 LOGIT_TOLERANCE = 1e-4
 """Merged and adapter logits in float32: W x + s·B(A x) and (W + s·B A) x differ by rounding of products of size ~10."""
@@ -94,10 +94,20 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     return result.metrics
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """A generated reply, with its boxes, points and clicks in original pixels."""
+
+    text: str
+    boxes: list[Box]
+    points: list[Point]
+    clicks: list[Point]
+
+
 def predict(
     image: Path, prompt: str, model: str, checkpoint: str, region: str | None, max_new_tokens: int
-) -> tuple[str, list[Box]]:
-    """(reply, boxes in original pixels). `[region]` in the prompt stands for `region` "x1,y1,x2,y2"."""
+) -> Prediction:
+    """The reply and what it points at. `[region]` in the prompt stands for `region` "x1,y1,x2,y2"."""
     if not image.is_file():
         raise VlmtuneError(f"image {image} does not exist.")
     if Path(model, "config.yaml").is_file():
@@ -111,7 +121,8 @@ def predict(
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
     text = reply(network, encoder, sample, max_new_tokens)
     geometry = encoder.encode_prompt(sample).geometry[0]
-    return text, encoder.coordinates.parse(text, geometry)
+    points, clicks = (encoder.coordinates.parse_points(text, geometry, click) for click in (False, True))
+    return Prediction(text, encoder.coordinates.parse(text, geometry), points, clicks)
 
 
 def _prompt_parts(prompt: str, region: str | None) -> list[Text | Boxes]:

@@ -6,6 +6,7 @@ import base64
 import io
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 
 from vlmtune.build import (
@@ -21,7 +22,9 @@ from vlmtune.config import Config
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import load_image
 from vlmtune.observe.token_view import TokenView, terminal_table, write_token_view
-from vlmtune.types import Boxes, Kind, Sample, VlmtuneError
+from vlmtune.types import Box, Boxes, ImageGeometry, Kind, Points, Sample, VlmtuneError
+
+POINT_SIZE = 4  # pixels of the model's image: the square drawn around a point
 
 
 def inspect_sample(config: Config, sample_id: str | None, page: Path, console: Console) -> Path:
@@ -60,14 +63,10 @@ def token_view(encoder: Encoder, sample: Sample) -> TokenView:
     carries = encoded.supervised().tolist()
     ids = encoded.ids.tolist()
     pages, boxes = [], []
-    places = [part for turn in sample.turns for part in turn.parts if isinstance(part, Boxes)]
+    places = [part for turn in sample.turns for part in turn.parts if isinstance(part, (Boxes, Points))]
     for number, (ref, geometry) in enumerate(zip(sample.images, encoded.geometry, strict=True)):
-        image = load_image(ref.source, sample.origin).resize((geometry.resized_width, geometry.resized_height))
-        pages.append(_data_uri(image))
-        sx, sy = geometry.resized_width / geometry.width, geometry.resized_height / geometry.height
-        boxes.append(
-            [(x1 * sx, y1 * sy, x2 * sx, y2 * sy) for b in places if b.image == number for x1, y1, x2, y2 in b.boxes]
-        )
+        pages.append(_data_uri(_on_canvas(load_image(ref.source, sample.origin), geometry)))
+        boxes.append([box for part in places if part.image == number for box in _rectangles(part, geometry)])
     return TokenView(
         sample_id=sample.id,
         task=sample.task,
@@ -81,7 +80,31 @@ def token_view(encoder: Encoder, sample: Sample) -> TokenView:
     )
 
 
-def _data_uri(image) -> str:
+def _on_canvas(image: Image.Image, geometry: ImageGeometry) -> Image.Image:
+    """The image as the model sees it: resized, and cropped or padded (black) as its geometry says."""
+    width, height = geometry.resized_width, geometry.resized_height
+    (u1, v1), (u2, v2) = geometry.to_canvas(*geometry.visible[:2]), geometry.to_canvas(*geometry.visible[2:])
+    left, top, right, bottom = round(u1 * width), round(v1 * height), round(u2 * width), round(v2 * height)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize((right - left, bottom - top), box=geometry.visible), (left, top))
+    return canvas
+
+
+def _rectangles(part: Boxes | Points, geometry: ImageGeometry) -> list[Box]:
+    """What to draw, in canvas pixels: boxes, and points as small squares."""
+    width, height = geometry.resized_width, geometry.resized_height
+    if isinstance(part, Points):
+        corners = [((x, y), (x, y), POINT_SIZE / 2) for x, y in part.points]
+    else:
+        corners = [((x1, y1), (x2, y2), 0.0) for x1, y1, x2, y2 in part.boxes]
+    rectangles = []
+    for first, last, margin in corners:
+        (u1, v1), (u2, v2) = geometry.to_canvas(*first), geometry.to_canvas(*last)
+        rectangles.append((u1 * width - margin, v1 * height - margin, u2 * width + margin, v2 * height + margin))
+    return rectangles
+
+
+def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

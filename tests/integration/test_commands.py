@@ -103,6 +103,27 @@ def test_predict(run, vlmtune, rows, tiny_folder):
     assert code == 1 and "none.png does not exist" in err
 
 
+def test_predict_reads_places_back_to_pixels(vlmtune, rows, tiny_folder, monkeypatch):
+    """64 x 48 becomes 74 x 56 and then the middle 56 x 56: the model's middle is the picture's."""
+    said = "<box>[[0,0,500,1000]]</box> <point>[[500,500]]</point> <click>[[1000,500]]</click> [1]"
+    monkeypatch.setattr("vlmtune.use.reply", lambda *_: said)
+    code, out, err = vlmtune("predict", rows.parent / "0.png", "what is there", "--model", tiny_folder("llava"))
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        said,
+        "box in pixels: 7.8, 0.0, 32.0, 48.0",
+        "point in pixels: 32.0, 24.0",
+        "click in pixels: 56.2, 24.0",
+    ]
+
+
+def test_a_region_outside_the_image_is_refused(vlmtune, rows, tiny_folder):
+    asked = ("predict", rows.parent / "0.png", "what is at [region]", "--model", tiny_folder("llava"), "--region")
+    assert vlmtune(*asked, "10,10,50,40", "--max-new-tokens", 1)[0] == 0
+    code, _, err = vlmtune(*asked, "10,10,500,40")
+    assert code == 1 and "sticks out of its image of 64x48 pixels" in err
+
+
 def test_inspect(config, vlmtune, tmp_path):
     code, out, err = vlmtune("inspect", config, "--sample", "s4", "--html", tmp_path / "page.html")
     assert (code, err) == (0, "") and "s4" in out and "page.html" in out.replace("\n", "")

@@ -6,7 +6,7 @@ every part is known and nothing is searched in what a user typed (SPEC A1-A3, B2
 1. images go through the image processor first: sizes and placeholder expansions are known before any text is written;
 2. the template renders the conversation with each part wrapped in Unicode noncharacters;
 3. the rendering is cut at those characters into pieces (text, kind, turn); template text between them is SPECIAL;
-4. pieces are cut into runs at real control tokens (only template text, expanded images and rendered boxes can hold
+4. pieces are cut into runs at real control tokens (only template text, expanded images and rendered places can hold
    any) and at the start of each reply, where generation starts as well; each run is tokenised on its own.
 
 For ordinary text the ids equal those of `AutoProcessor.apply_chat_template` on the same messages. Text that looks like
@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmtune.data.grounding import Coordinates
+from vlmtune.data.coordinates import Coordinates
+from vlmtune.data.geometry import image_geometry
 from vlmtune.data.images import load_image
-from vlmtune.types import Boxes, Encoded, ImageGeometry, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import Boxes, Encoded, ImageGeometry, ImageRef, Kind, Points, Sample, Text, Turn, VlmtuneError
 
 # Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -68,6 +69,7 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self.coordinates = coordinates
         self.max_length = max_length
+        _require_tokens(self.tokenizer, coordinates)
         self.image_token_ids = {int(i) for i in processor.image_token_ids if i is not None}
         self._control_tokens = _control_tokens(self.tokenizer, processor.chat_template, coordinates.tokens())
         self._control_re = re.compile("|".join(map(re.escape, sorted(self._control_tokens, key=len, reverse=True))))
@@ -88,7 +90,7 @@ class Encoder:
 
     def encode(self, sample: Sample) -> Encoded:
         """The whole conversation. Raises VlmtuneError (naming the sample) for anything that cannot be encoded."""
-        if not any(turn.role == "assistant" and turn.train and _has_content(turn) for turn in sample.turns):
+        if not any(turn.role == "assistant" and turn.train and not turn.is_empty for turn in sample.turns):
             raise VlmtuneError(f"{_where(sample)}: no assistant reply to learn from; add one or remove the row.")
         encoded = self._encode(sample, sample.turns, add_generation_prompt=False)
         if self.max_length is not None and len(encoded) > self.max_length:
@@ -138,8 +140,11 @@ class Encoder:
         expansions = [entry["replacement"] for entry in out["text_replacement_offsets"][0]]
         skip = {"input_ids", "attention_mask", "text_replacement_offsets", *self._extra_names}
         pixels = {name: value for name, value in out.items() if isinstance(value, Tensor) and name not in skip}
-        sizes = _resized_sizes(pixels, len(images), getattr(self.processor.image_processor, "patch_size", None))
-        geometry = [ImageGeometry(im.width, im.height, w, h) for im, (w, h) in zip(images, sizes, strict=True)]
+        image_processor = self.processor.image_processor
+        canvases = _canvases(pixels, len(images), image_processor)
+        geometry = [
+            image_geometry(image_processor, im.size, canvas) for im, canvas in zip(images, canvases, strict=True)
+        ]
         return ProcessedImages(pixels, expansions, geometry)
 
     # ---- text ---------------------------------------------------------------------------------------------------
@@ -198,13 +203,19 @@ class Encoder:
             if OPEN in part.text or CLOSE in part.text:
                 raise VlmtuneError(f"{_where(sample)}: text holds U+FDD0 or U+FDD1, reserved by Unicode; remove them.")
             return Piece(part.text, plain, index)
-        if isinstance(part, Boxes):
+        if isinstance(part, (Boxes, Points)):
             if part.image >= len(images.geometry):
+                what = "box" if isinstance(part, Boxes) else "point"
                 raise VlmtuneError(
-                    f"{_where(sample)}: a box refers to image {part.image}, but the sample has {len(images.geometry)}."
+                    f"{_where(sample)}: a {what} refers to image {part.image}, but the sample has "
+                    f"{len(images.geometry)}."
                 )
+            geometry = images.geometry[part.image]
             try:
-                text = self.coordinates.render(part.boxes, images.geometry[part.image], part.region)
+                if isinstance(part, Boxes):
+                    text = self.coordinates.render(part.boxes, geometry, part.region)
+                else:
+                    text = self.coordinates.render_points(part.points, geometry, part.click)
             except VlmtuneError as error:
                 raise VlmtuneError(f"{_where(sample)}: {error}") from error
             return Piece(text, Kind.BOX if plain == Kind.RESPONSE else plain, index, control=True)
@@ -394,8 +405,16 @@ def _rewrites(sample: Sample) -> str:
     )
 
 
-def _has_content(turn: Turn) -> bool:
-    return any(isinstance(p, Boxes) or (isinstance(p, Text) and p.text.strip()) for p in turn.parts)
+def _require_tokens(tokenizer, coordinates: Coordinates) -> None:
+    """A coordinate token that the tokenizer lacks would be cut into characters: ten tokens where one is meant."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in coordinates.tokens() if token not in vocabulary]
+    if missing:
+        raise VlmtuneError(
+            f"coordinates {coordinates.name!r} need {len(missing)} tokens that the model's tokenizer lacks (first: "
+            f"{missing[0]}); set data.coordinates to one without tokens of its own (norm1000, pixels, markup) or take "
+            "a model that has them."
+        )
 
 
 def _control_tokens(tokenizer, chat_template: str, coordinate_tokens: list[str]) -> dict[str, int]:
@@ -464,9 +483,12 @@ def _supervise_end_of_turn(pieces: list[Piece], control_re: re.Pattern, sample: 
     return out
 
 
-def _resized_sizes(pixels: dict[str, Tensor], count: int, patch_size) -> list[tuple[int, int]]:
-    """(width, height) in pixels of each image as the model sees it."""
+def _canvases(pixels: dict[str, Tensor], count: int, image_processor) -> list[tuple[int, int]]:
+    """(width, height) in pixels of each image as the model sees it; of one tile, where the processor cuts tiles."""
     if "image_grid_thw" in pixels:
-        return [(int(w) * patch_size, int(h) * patch_size) for _, h, w in pixels["image_grid_thw"].tolist()]
+        patch = image_processor.patch_size
+        return [(int(w) * patch, int(h) * patch) for _, h, w in pixels["image_grid_thw"].tolist()]
+    if "image_sizes" in pixels and not hasattr(image_processor, "image_grid_pinpoints"):  # Pixtral's; there: originals
+        return [(int(w), int(h)) for h, w in pixels["image_sizes"].tolist()]
     height, width = pixels["pixel_values"].shape[-2:]
     return [(int(width), int(height))] * count

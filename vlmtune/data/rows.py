@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from vlmtune.data.strict_json import excerpt, loads
-from vlmtune.types import Boxes, ImageRef, Part, Role, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import Boxes, ImageRef, Part, Points, Role, Sample, Text, Turn, VlmtuneError
 
 ROLE_NAMES: dict[str, Role] = {
     "human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system",
@@ -89,7 +89,7 @@ def parse_row(row: Row, roots: Sequence[Path], task: str) -> Sample:
     task = _name(value.get("task", task), "task", where)
     sample = Sample(sample_id, tuple(turns), task, origin, dict(value.get("meta", {})))
     _check_turns(sample, where)
-    _check_boxes(sample, where)
+    _check_places(sample, where)
     if "entities" in value:
         sample.meta["entities"] = _entities(value["entities"], sample, where)
     return sample
@@ -292,20 +292,34 @@ def _openai_part(part: Any, place: str, images: RowImages) -> Part:
         if not isinstance(region, bool) or type(image) is not int or image < 0:
             raise VlmtuneError(f"{place}: a box's 'region' is true or false, its 'image' an image number from 0.")
         return Boxes(_boxes(part["boxes"], place), region, image)
-    raise VlmtuneError(f"{place}: part {excerpt(part)} is not text, image, image_url or box.")
+    if kind == "point" and isinstance(part.get("points"), list):
+        click, image = part.get("click") or False, part.get("image") or 0
+        if not isinstance(click, bool) or type(image) is not int or image < 0:
+            raise VlmtuneError(f"{place}: a point's 'click' is true or false, its 'image' an image number from 0.")
+        return Points(_points(part["points"], place), click, image)
+    raise VlmtuneError(f"{place}: part {excerpt(part)} is not text, image, image_url, box or point.")
 
 
 def _boxes(values: list, place: str) -> tuple:
-    boxes = []
     for value in values:
-        numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
-        # NaN is below nothing, and an integer of JSON may be too large for a float
-        if not numbers or not all(abs(v) < LARGEST for v in value) or value[0] > value[2] or value[1] > value[3]:
+        if not _are_numbers(value, 4) or value[0] > value[2] or value[1] > value[3]:
             raise VlmtuneError(
                 f"{place}: box {str(value)[:80]} is not [x1, y1, x2, y2] in pixels with x1 <= x2 and y1 <= y2."
             )
-        boxes.append(tuple(float(v) for v in value))
-    return tuple(boxes)
+    return tuple(tuple(float(v) for v in value) for value in values)
+
+
+def _points(values: list, place: str) -> tuple:
+    for value in values:
+        if not _are_numbers(value, 2):
+            raise VlmtuneError(f"{place}: point {str(value)[:80]} is not [x, y] in pixels.")
+    return tuple((float(x), float(y)) for x, y in values)
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    """Is this a list of so many finite numbers? NaN is below nothing; JSON's integers may not fit a float."""
+    is_list = isinstance(value, list) and len(value) == count and all(type(v) in (int, float) for v in value)
+    return is_list and all(abs(v) < LARGEST for v in value)
 
 
 def _sharegpt_turns(row: dict, where: str, images: RowImages) -> list[Turn]:
@@ -424,10 +438,10 @@ def _train_flag(message: dict, place: str) -> bool:
 
 
 def _check_turns(sample: Sample, where: str) -> None:
-    if not any(t.role == "assistant" and _has_reply(t) for t in sample.turns):
+    if not any(t.role == "assistant" and not t.is_empty for t in sample.turns):
         raise VlmtuneError(f"{where}: no assistant text to learn from; add a reply or remove the row.")
     for number, turn in enumerate(sample.turns, 1):
-        if turn.role == "assistant" and turn.train and not _has_reply(turn):
+        if turn.role == "assistant" and turn.train and turn.is_empty:
             raise VlmtuneError(
                 f"{where}: the assistant reply in message {number} is empty; fill it or set train: false."
             )
@@ -435,12 +449,11 @@ def _check_turns(sample: Sample, where: str) -> None:
             raise VlmtuneError(f"{where}: message {number} puts an image into an assistant reply; move it to the user.")
 
 
-def _check_boxes(sample: Sample, where: str) -> None:
+def _check_places(sample: Sample, where: str) -> None:
     count = len(sample.images)
-    for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, Boxes)):
+    for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, (Boxes, Points))):
         if part.image >= count:
-            raise VlmtuneError(f"{where}: a box refers to image {part.image} (from 0) of {count}; correct its 'image'.")
-
-
-def _has_reply(turn: Turn) -> bool:
-    return any(isinstance(p, Boxes) or (isinstance(p, Text) and p.text.strip()) for p in turn.parts)
+            what = "box" if isinstance(part, Boxes) else "point"
+            raise VlmtuneError(
+                f"{where}: a {what} refers to image {part.image} (from 0) of {count}; correct its 'image'."
+            )

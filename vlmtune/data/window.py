@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlmtune.data.sentences import sentence_ends
-from vlmtune.types import Boxes, ImageRef, Part, Sample, Text, Turn
+from vlmtune.types import Boxes, ImageRef, Part, Points, Sample, Text, Turn
 
 Measure = Callable[[Sample], int]
 """Tokens of a whole conversation as it would be trained on."""
@@ -143,7 +143,7 @@ def _without_oldest_round(sample: Sample) -> Sample:
     turns = [*lead]
     for number, turn in enumerate(turn for group in later for turn in group):
         parts: tuple[Part, ...] = tuple(
-            replace(part, image=place[part.image]) if isinstance(part, Boxes) else part for part in turn.parts
+            replace(part, image=place[part.image]) if isinstance(part, (Boxes, Points)) else part for part in turn.parts
         )
         turns.append(replace(turn, parts=(*kept, *parts) if number == 0 else parts))
     return replace(sample, turns=tuple(turns))
@@ -152,7 +152,7 @@ def _without_oldest_round(sample: Sample) -> Sample:
 def _refers(later: Sequence[Sequence[Turn]], number: int, image: ImageRef) -> bool:
     """Whether a later turn has a box in image `number`, or writes its id."""
     parts = [part for group in later for turn in group for part in turn.parts]
-    if any(isinstance(part, Boxes) and part.image == number for part in parts):
+    if any(isinstance(part, (Boxes, Points)) and part.image == number for part in parts):
         return True
     if not image.id:
         return False

@@ -77,7 +77,10 @@ def _evaluate(model, encoder: Encoder, groups, limit, batch_size: int, max_new_t
         scored += [Scored(group, s, r, b) for s, r, b in zip(samples, replies, boxes, strict=True)]
         for task in sorted({sample.task for sample in samples}):
             rows = [n for n, sample in enumerate(samples) if sample.task == task]
-            result = score_task(task, [replies[n] for n in rows], [samples[n] for n in rows], [boxes[n] for n in rows])
+            result = score_task(
+                task, [replies[n] for n in rows], [samples[n] for n in rows], [boxes[n] for n in rows],
+                encoder.coordinates.without_places,
+            )  # fmt: skip
             metrics |= {f"{group}/{task}/{metric}": value for metric, value in result.items()}
     return Evaluation({"loss": float(total[0] / total[1]), **metrics}, scored)
 

@@ -6,13 +6,12 @@ over samples. What "no answer" scores is defined everywhere: nothing asked and n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from vlmtune.types import Box, Boxes, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import Box, Boxes, Points, Sample, Text, Turn, VlmtuneError
 
 ANLS_THRESHOLD = 0.5
 
@@ -24,7 +23,6 @@ _TASK_METRICS = {
     "grounding": _BOX_METRICS,
     "referring": ("accuracy",),
 }
-_TAGGED_BOXES = re.compile(r"<box>.*?</box>", re.DOTALL)
 
 
 def normalised(text: str) -> str:
@@ -113,11 +111,16 @@ def task_metrics(task: str) -> tuple[str, ...]:
 
 
 def score_task(
-    task: str, predictions: Sequence[str], samples: Sequence[Sample], boxes: Sequence[Sequence[Box]]
+    task: str,
+    predictions: Sequence[str],
+    samples: Sequence[Sample],
+    boxes: Sequence[Sequence[Box]],
+    without_places: Callable[[str], str],
 ) -> dict[str, float]:
     """{metric: mean over samples} of one task.
 
-    predictions: generated replies, one per sample; boxes: what was parsed from them, in original pixels.
+    predictions: generated replies, one per sample; boxes: what was parsed from them, in original pixels;
+    without_places: takes boxes and points out of a reply (`Coordinates.without_places`).
     The reference is the last assistant turn of a sample. ValueError: no samples, or lists of different lengths;
     VlmtuneError: a sample without an assistant turn.
     """
@@ -129,7 +132,12 @@ def score_task(
         if metric in _TEXT_METRICS:
             score = _TEXT_METRICS[metric]
             pairs = zip(predictions, turns, strict=True)
-            scores[metric] = _mean([score(_comparable(said, turn), reference_text(turn)) for said, turn in pairs])
+            scores[metric] = _mean(
+                [
+                    score(without_places(said) if _has_places(turn) else said, reference_text(turn))
+                    for said, turn in pairs
+                ]
+            )
     if task == "grounding":
         scores |= _grounding_scores(predictions, turns, boxes, targets)
     elif task not in _TASK_METRICS and any(targets):
@@ -139,7 +147,7 @@ def score_task(
 
 
 def reference_text(turn: Turn) -> str:
-    """The text of a reply, its boxes left out, whitespace normalised."""
+    """The text of a reply, its boxes and points left out, whitespace normalised."""
     return normalised("".join(part.text for part in turn.parts if isinstance(part, Text)))
 
 
@@ -196,9 +204,9 @@ def _target_boxes(turn: Turn) -> list[Box]:
     return [box for part in turn.parts if isinstance(part, Boxes) and not part.region for box in part.boxes]
 
 
-def _comparable(prediction: str, turn: Turn) -> str:
-    """The prediction without its boxes where the reference has boxes, because the reference text leaves them out."""
-    return _TAGGED_BOXES.sub("", prediction) if _target_boxes(turn) else prediction
+def _has_places(turn: Turn) -> bool:
+    """Then the reference text leaves them out, and they are taken out of the prediction too."""
+    return any(isinstance(part, Points) or (isinstance(part, Boxes) and not part.region) for part in turn.parts)
 
 
 def _refuse_unequal(*lengths: int) -> None:

@@ -27,8 +27,8 @@ PARTS = ("vision", "projector", "language", "embed", "lm_head", "heads")
 HEADS = "heads"
 """Name of the ModuleList or ModuleDict of read-outs (boxes, masks) that we attach; plain models have none."""
 
-Coordinates = Literal["norm1000", "pixels", "bins", "loc1024"]
-"""How a family writes boxes: 0-1000 of the image, pixels of the resized image, own bin tokens, or <loc0000> tokens."""
+Coordinates = Literal["norm1000", "pixels", "bins", "bins1000", "markup", "paligemma", "kosmos2"]
+"""How a family writes boxes: the names of `data/grounding.py`, whose table shows each (a test compares them)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ _PROJECTOR = ("model.multi_modal_projector",)
 _NEWLINE = ("model.multi_modal_projector", "model.image_newline")
 
 # Coordinates: Qwen2-VL, Qwen3-VL and InternVL were trained on 0-1000, Qwen2.5-VL on pixels of the resized image,
-# PaliGemma on <loc> tokens; the others have no convention of their own and get 0-1000.
+# PaliGemma on <loc> tokens. The others get 0-1000: they publish no convention, or (LLaVA-1.5) one of fractions with two
+# decimals, ten times coarser.
 ANATOMIES: dict[str, Anatomy] = {
     row.model_type: row
     for row in (
@@ -92,7 +93,7 @@ ANATOMIES: dict[str, Anatomy] = {
         _row("llava_next", "model.vision_tower", "encoder.layers", _NEWLINE, "norm1000"),
         _row("internvl", "model.vision_tower", "encoder.layer", _PROJECTOR, "norm1000"),
         _row("gemma3", "model.vision_tower", "encoder.layers", _PROJECTOR, "norm1000"),
-        _row("paligemma", "model.vision_tower", "encoder.layers", _PROJECTOR, "loc1024"),
+        _row("paligemma", "model.vision_tower", "encoder.layers", _PROJECTOR, "paligemma"),
     )
 }
 

@@ -221,9 +221,9 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
     "image in a reply": (
         replies([{"type": "text", "text": "x"}, PICTURE]), "an image into an assistant", BAD_7, "move it",
     ),
-    "unknown part": (asks({"type": "audio", "audio": "x"}), "is not text, image, image_url or box", BAD_7, "is not"),
-    "part is a list": (asks(["text"]), 'part ["text"] is not text', BAD_7, "image_url or box"),
-    "text part of a number": (asks({"type": "text", "text": 3}), "is not text, image", BAD_7, "image_url or box"),
+    "unknown part": (asks({"type": "audio", "audio": "x"}), "is not text, image, image_url", BAD_7, "box or point"),
+    "part is a list": (asks(["text"]), 'part ["text"] is not text', BAD_7, "box or point"),
+    "text part of a number": (asks({"type": "text", "text": 3}), "is not text, image", BAD_7, "box or point"),
     # ---- images
     "missing image": (asks({"type": "image", "image": "z.png"}), "image z.png not found; tried", BAD_7, "image_root"),
     "climbing path": (asks({"type": "image", "image": "../z.png"}), "leaves its folder", BAD_7, "image_root"),
@@ -255,7 +255,7 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
         llava("<image> What?"), "1 <image> marks in user text, but 0 images", BAD_7, "make them equal",
     ),
     "more images than marks": (llava("<image>", images=["a.png"] * 2), "1 <image> marks", BAD_7, "make them equal"),
-    "bare image part": (asks({"type": "image"}), "is not text, image", BAD_7, "image_url or box"),
+    "bare image part": (asks({"type": "image"}), "is not text, image", BAD_7, "box or point"),
     "one part, two images": (
         row({"messages": [user({"type": "image"}), REPLY], "images": ["a.png", "a.png"]}),
         "2 images, but the messages use 1", BAD_7, "make them equal",
@@ -280,7 +280,7 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
     "strings": (box([["0", "0", "1", "4"]]), "box ['0', '0', '1', '4'] is not", BAD_7, "x1 <= x2"),
     "booleans": (box([[False, 0, 1, 4]]), "box [False, 0, 1, 4] is not", BAD_7, "x1 <= x2"),
     "a flat list": (box([0, 0, 1, 4]), "box 0 is not", BAD_7, "[x1, y1, x2, y2]"),
-    "boxes are text": (box("0 0 1 4"), "is not text, image, image_url or box", BAD_7, "box"),
+    "boxes are text": (box("0 0 1 4"), "is not text, image, image_url, box or point", BAD_7, "box"),
     "box of no image": (box([[0, 0, 1, 1]], image=1), "refers to image 1 (from 0) of 1", BAD_7, "correct its 'image'"),
     "boxes beside messages": (
         row({**text_row(), "boxes": [[0, 0, 1, 1]]}), "have no place in it", "t.jsonl:3", "type box",
@@ -394,7 +394,7 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
     "parquet without images": (
         parquet([{"messages": [{"role": "user",
         "content": [{"type": "image"}]}, REPLY | {"content": [{"type": "text"}]}]}]),
-        'part {"type": "image"} is not text, image', "t.parquet:1 (sample t/0)", "image_url or box",
+        'part {"type": "image"} is not text, image', "t.parquet:1 (sample t/0)", "box or point",
     ),
     "parquet of numbers": (parquet([{"messages": 3}]), "'messages' must be a list", "t.parquet:1", "a list"),
     "images of numbers": (parquet([ASK | {"images": [1, 2]}]), "'images' a list of paths", "t.parquet:1", "not [1, 2]"),

@@ -24,7 +24,7 @@ from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import build_processor, train_tokenizer
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.tiny import FAMILIES
-from vlmtune.types import Boxes, Encoded, ImageRef, Kind, Sample, Text, Turn
+from vlmtune.types import Boxes, Encoded, ImageRef, Kind, Points, Sample, Text, Turn
 
 EVERY = (*FAMILIES, "embedded")
 every_family = pytest.mark.parametrize("family", EVERY)
@@ -366,7 +366,7 @@ def test_a_turn_marked_untrained_carries_no_loss(model):
 
 @every_family
 def test_a_box_is_a_box_in_a_reply_and_an_instruction_in_a_question(model):
-    box = (8.0, 6.0, 40.0, 30.0)
+    box = (12.0, 6.0, 40.0, 30.0)  # llava's crop keeps x from 9.7 to 70.3
     turns = (
         turn("user", picture(80, 60), "What is at ", Boxes((box,), region=True), "?"),
         turn("assistant", "a dog ", Boxes((box, (0.0, 0.0, 80.0, 60.0)))),
@@ -385,6 +385,53 @@ def test_a_box_is_a_box_in_a_reply_and_an_instruction_in_a_question(model):
     whole = model.decode(encoded.ids[encoded.supervised()])
     between = "" if model.family in STRIPS else " "
     assert whole == model.reply(f"a dog{between}{expected}")
+
+
+@every_family
+def test_a_click_is_grounding_in_a_reply_and_an_instruction_in_a_question(model):
+    point = (40.0, 30.0)  # the middle: a crop keeps it
+    turns = (
+        turn("user", picture(80, 60), "Press what is at ", Points((point,)), "!"),
+        turn("assistant", "Pressing ", Points((point, point), click=True)),
+    )
+    encoded = model.encoder.encode(sample(*turns))
+    convention, geometry = model.encoder.coordinates, encoded.geometry[0]
+    text = model.decode(encoded.ids[encoded.kinds == Kind.BOX])
+    assert text == convention.render_points((point, point), geometry, click=True)
+    assert text.startswith("<click>")
+    clicks = convention.parse_points(text, geometry, click=True)
+    assert np.abs(np.array(clicks) - point).max() <= 80 / 64  # half a bin of the coarsest convention
+    assert clicks[0] == clicks[1]
+    asked = model.decode(encoded.ids[(encoded.kinds == Kind.INSTRUCTION) & (encoded.turn == 0)])
+    assert convention.render_points((point,), geometry) in asked
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["bins", "bins1000", "paligemma", "kosmos2"])
+def test_coordinate_tokens_are_one_token_each_and_cannot_be_typed(model, name, tiny_folder):
+    """A tokenizer that has the tokens, as PaliGemma's has; what a user types like one is text."""
+    convention = coordinates(name)
+    processor = load_processor(str(tiny_folder(model.family)))
+    with pytest.raises(VlmtuneError, match=f"coordinates '{name}' need .* tokens that the model's tokenizer lacks"):
+        Encoder(processor, convention)
+    processor.tokenizer.add_tokens(convention.tokens())
+    encoder = Encoder(processor, convention)
+    box, point = (20.0, 15.0, 40.0, 30.0), (40.0, 30.0)
+    typed = convention.tokens()[-1]
+    encoded = encoder.encode(
+        sample(
+            turn("user", picture(80, 60), f"What is {typed}, at ", Boxes((box,), region=True), "?"),
+            turn("assistant", f"{typed} ", Boxes((box, box)), " and ", Points((point,), click=True)),
+        )
+    )
+    places = set(encoder.tokenizer.convert_tokens_to_ids(convention.tokens()))
+    numbers = sum(int(i) in places for i in encoded.ids[encoded.kinds == Kind.BOX])
+    tags = {"bins": 2, "bins1000": 4, "paligemma": 0, "kosmos2": 5}  # bins: the click's tags are text
+    assert numbers == {"bins": 10, "bins1000": 10, "paligemma": 10, "kosmos2": 5}[name] + tags[name]
+    assert not any(int(i) in places for i in encoded.ids[encoded.kinds == Kind.RESPONSE])
+    text = encoder.tokenizer.decode(encoded.ids[encoded.kinds == Kind.BOX], clean_up_tokenization_spaces=False)
+    assert len(convention.parse(text, encoded.geometry[0])) == 2
+    assert len(convention.parse_points(text, encoded.geometry[0], click=True)) == 1
 
 
 @every_family
@@ -427,6 +474,12 @@ def test_max_length_counts_images_and_names_the_sample(model):
             "a box refers to image 0, but the sample has 0",
         ),
         ([turn("user", picture(), "a"), turn("assistant", Boxes(((5, 0, 1, 1),)))], "Box (5, 0, 1, 1) is not x1 <= x2"),
+        (
+            [turn("user", picture(80, 60), "a"), turn("assistant", Boxes(((0, 0, 82, 5),)))],
+            "Box (0, 0, 82, 5) sticks out of its image of 80x60 pixels; correct it in the data",
+        ),
+        ([turn("user", picture(80, 60), Points(((3, 70),))), turn("assistant", "b")], "Point (3, 70) lies outside its"),
+        ([turn("user", Points(((3, 7),))), turn("assistant", "b")], "a point refers to image 0, but the sample has 0"),
         ([turn("user", ImageRef(b"x"), "a"), turn("assistant", "b")], "cannot be decoded"),
         ([turn("user", ImageRef(Path("/no/x.png")), "a"), turn("assistant", "b")], "/no/x.png does not exist"),
     ],
@@ -436,6 +489,19 @@ def test_what_cannot_be_encoded_is_named(model, turns, complaint):
         model.encoder.encode(sample(*turns))
     assert str(caught.value).startswith("train.jsonl:7 (sample s1): ")
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llava"])
+def test_what_the_centre_crop_hides_is_named(model):
+    """80 x 60 becomes 74 x 56, of which 9 columns on either side are cut: x from 9.7 to 70.3 is left."""
+    lost = sample(turn("user", picture(80, 60), "a"), turn("assistant", Boxes(((0, 0, 9, 60),))))
+    with pytest.raises(
+        VlmtuneError, match=r"train.jsonl:7 \(sample s1\): Box .* outside what the model sees .* x 9\.7 to 70\.3"
+    ):
+        model.encoder.encode(lost)
+    cut = sample(turn("user", picture(80, 60), "a"), turn("assistant", Boxes(((0, 0, 40, 60),))))
+    encoded = model.encoder.encode(cut)
+    assert model.decode(encoded.ids[encoded.kinds == Kind.BOX]).strip() == "<box>[[0,0,500,1000]]</box>"
 
 
 @pytest.mark.parametrize("family", ["gemma3"])

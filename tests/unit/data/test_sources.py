@@ -15,7 +15,7 @@ from vlmtune.data.images import load_image
 from vlmtune.data.rows import resolve_image
 from vlmtune.data.sources import FileSource, SceneSource
 from vlmtune.errors import VlmtuneError
-from vlmtune.types import Boxes, ImageRef, Sample, Text, Turn
+from vlmtune.types import Boxes, ImageRef, Points, Sample, Text, Turn
 
 
 def png(colour: str = "red") -> bytes:
@@ -137,6 +137,22 @@ def test_image_ids_and_boxes_are_typed_fields(folder):
     assert [image.id for image in sample.images] == ["img1", None]
     assert sample.turns[0].parts[3] == Boxes(((0, 1, 2.5, 3),), region=True, image=1)
     assert sample.turns[1].parts == (Boxes(((1, 1, 2, 2), (3, 0, 8, 4))),)
+
+
+def test_points_and_clicks_are_typed_fields(folder):
+    row = {
+        "messages": [
+            user(
+                {"type": "image", "image": "images/a.png"},
+                {"type": "text", "text": "Press what is at "},
+                {"type": "point", "points": [[1, 2.5], [3, 4]]},
+            ),
+            {"role": "assistant", "content": [{"type": "point", "points": [[2, 3]], "click": True, "image": 0}]},
+        ]
+    }
+    sample = one(folder, row)
+    assert sample.turns[0].parts[2] == Points(((1.0, 2.5), (3.0, 4.0)))
+    assert sample.turns[1].parts == (Points(((2.0, 3.0),), click=True),)
 
 
 def test_llava(folder):
@@ -384,6 +400,10 @@ def box(boxes: list, **more: Any) -> dict:
     return {"messages": [user({"type": "box", "boxes": boxes, **more}), REPLY]}
 
 
+def point(points: list, **more: Any) -> dict:
+    return {"messages": [user({"type": "point", "points": points, **more}), REPLY]}
+
+
 SHAREGPT = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "That."}]
 
 
@@ -446,6 +466,15 @@ SHAREGPT = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value"
         (box([[0, 0, 1, 1]]), "a box refers to image 0 (from 0) of 0", "correct its 'image'"),
         (box([[0, 0, 1, 1]], image=-1), "a box's 'region' is true", "an image number"),
         (box([[0, 0, 1, 1]], image="x"), "a box's 'region' is true", "an image number"),
+        (box([[0, 0, 1, 10**400]]), "is not [x1, y1, x2, y2]", "x1 <= x2"),
+        (point([[1, 2, 3]]), "point [1, 2, 3] is not [x, y] in pixels", ""),
+        (point([[1, True]]), "point [1, True] is not [x, y] in pixels", ""),
+        (point([[1, 1e999]]), "point [1, inf] is not [x, y] in pixels", ""),
+        (point([1, 2]), "point 1 is not [x, y] in pixels", ""),
+        (point([[1, 2]]), "a point refers to image 0 (from 0) of 0", "correct its 'image'"),
+        (point([[1, 2]], click="yes"), "a point's 'click' is true or false", "an image number"),
+        (point([[1, 2]], image=-1), "a point's 'click' is true or false", "an image number"),
+        ({"messages": [user({"type": "point", "x": 1}), REPLY]}, "message 1: part", "box or point"),
         ({"conversations": []}, "'conversations' must be a list with at least one", ""),
         ({"conversations": [{"from": "human"}]}, "message 1 needs 'from' and a text 'value'", ""),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown role 'robot'", "known: human"),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmtune.data.grounding import coordinates
 from vlmtune.evaluate.metrics import (
     anls,
     box_scores,
@@ -19,7 +20,7 @@ from vlmtune.evaluate.metrics import (
     score_task,
     task_metrics,
 )
-from vlmtune.types import Boxes, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import Boxes, ImageGeometry, Points, Sample, Text, Turn, VlmtuneError
 
 
 def sample(*parts, task="default"):
@@ -126,6 +127,10 @@ def test_box_scores_refuse_lists_that_do_not_fit():
 BOX = (0.0, 0.0, 10.0, 10.0)
 
 
+def score(task: str, predictions: list[str], samples: list[Sample], boxes: list) -> dict[str, float]:
+    return score_task(task, predictions, samples, boxes, coordinates("norm1000").without_places)
+
+
 @pytest.mark.parametrize(
     "task, reference, prediction, expected",
     [
@@ -137,41 +142,53 @@ BOX = (0.0, 0.0, 10.0, 10.0)
     ],
 )
 def test_score_task_of_text(task, reference, prediction, expected):
-    scores = score_task(task, [prediction], [sample(Text(reference))], [[]])
+    scores = score(task, [prediction], [sample(Text(reference))], [[]])
     assert scores == pytest.approx(expected)
     assert tuple(scores) == task_metrics(task)
 
 
 def test_score_task_of_grounding():
     samples = [sample(Boxes((BOX,))), sample(Text("none")), sample(Text("none"))]
-    scores = score_task("grounding", ["<box>...</box>", "none", "<box>...</box>"], samples, [[BOX], [], [BOX]])
+    scores = score("grounding", ["<box>...</box>", "none", "<box>...</box>"], samples, [[BOX], [], [BOX]])
     assert scores == pytest.approx({"mean_iou": 2 / 3, "acc_50": 2 / 3})
 
 
 def test_an_unknown_task_gets_box_metrics_where_the_reply_has_boxes():
     samples = [sample(Text("the cat "), Boxes((BOX,)), Text(" sleeps")), sample(Text("no idea"))]
     predictions = ["the cat <box>[[1,2,3,4]]</box> sleeps", "no idea"]
-    scores = score_task("chat", predictions, samples, [[(0, 0, 10, 5)], []])
+    scores = score("chat", predictions, samples, [[(0, 0, 10, 5)], []])
     assert scores == {"exact_match": 1.0, "mean_iou": 0.5, "acc_50": 1.0}
+
+
+@pytest.mark.parametrize("name", ["norm1000", "markup", "paligemma", "kosmos2"])
+def test_the_text_beside_places_is_compared_in_every_convention(name):
+    convention, geometry = coordinates(name), ImageGeometry(20, 20, 40, 40)
+    box, click = convention.render([BOX], geometry), convention.render_points([(1, 2)], geometry, click=True)
+    samples = [sample(Text("the cat "), Boxes((BOX,))), sample(Text("press "), Points(((1, 2),), click=True))]
+    for predictions, expected in (([f"the cat {box}", f"press {click}"], 1.0), ([f"a cat {box}", "pull"], 0.0)):
+        scores = score_task("chat", predictions, samples, [[BOX], []], convention.without_places)
+        assert scores["exact_match"] == expected
+    plain = [sample(Text("the cat"))]  # a reply that points where it should not is not forgiven
+    assert score_task("chat", [f"the cat {box}"], plain, [[BOX]], convention.without_places) == {"exact_match": 0.0}
 
 
 def test_regions_are_not_targets():
     turn = sample(Boxes((BOX,), region=True), Text("violin"))
-    assert score_task("chat", ["violin"], [turn], [[]]) == {"exact_match": 1.0}
+    assert score("chat", ["violin"], [turn], [[]]) == {"exact_match": 1.0}
 
 
 def test_the_last_assistant_turn_is_the_reference():
     turns = (Turn("assistant", (Text("old"),)), Turn("user", (Text("?"),)), Turn("assistant", (Text("new"),)))
-    assert score_task("vqa", ["new"], [Sample("s", turns)], [[]]) == {"exact_match": 1.0}
+    assert score("vqa", ["new"], [Sample("s", turns)], [[]]) == {"exact_match": 1.0}
 
 
 def test_a_sample_without_reply_is_named():
     lonely = Sample("s", (Turn("user", (Text("?"),)),), origin="val.jsonl:9")
     with pytest.raises(VlmtuneError, match="val.jsonl:9"):
-        score_task("vqa", ["x"], [lonely], [[]])
+        score("vqa", ["x"], [lonely], [[]])
 
 
 def test_absence_has_to_be_said():
     samples = [sample(Text("none"))] * 2
-    assert score_task("grounding", ["none", "hook hook hook"], samples, [[], []]) == {"mean_iou": 0.5, "acc_50": 0.5}
-    assert score_task("grounding", ["hook", ""], samples, [[], []]) == {"mean_iou": 0.0, "acc_50": 0.0}
+    assert score("grounding", ["none", "hook hook hook"], samples, [[], []]) == {"mean_iou": 0.5, "acc_50": 0.5}
+    assert score("grounding", ["hook", ""], samples, [[], []]) == {"mean_iou": 0.0, "acc_50": 0.0}

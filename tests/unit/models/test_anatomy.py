@@ -223,6 +223,10 @@ def test_another_tower_is_looked_at_and_config_coordinates_win():
     assert "vision.layers.15.project.weight" in canonical_parameters(model)
 
 
+def test_coordinates_of_paligemma():
+    assert anatomy_of(on_meta(transformers.PaliGemmaConfig())).coordinates == "paligemma"
+
+
 def test_coordinates_of_the_qwen_families(tiny_folder):
     assert anatomy_of(load_model(str(tiny_folder("qwen2_5_vl")))).coordinates == "pixels"
     assert anatomy_of(load_model(str(tiny_folder("qwen3_vl")))).coordinates == "norm1000"
@@ -237,7 +241,7 @@ def test_unknown_family_names_the_supported_ones():
 def test_unknown_coordinates_are_refused(tiny_folder):
     model = load_model(str(tiny_folder("llava")))
     model.config.coordinates = "furlongs"
-    with pytest.raises(VlmtuneError, match="furlongs.*norm1000, pixels, bins, loc1024"):
+    with pytest.raises(VlmtuneError, match="furlongs.*norm1000, pixels, bins, bins1000, markup, paligemma, kosmos2"):
         anatomy_of(model)
 
 
