@@ -7,17 +7,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vlmtune.adapt.plan import Policy
-from vlmtune.config import Config, Rule, Source
+from vlmtune.config import Config, Data, Rule, Source
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
 from vlmtune.data.loader import Steps, load_steps
 from vlmtune.data.mixture import Mixture
+from vlmtune.data.resolution import set_pixel_limits
 from vlmtune.data.sources import FileSource, SampleSource, SceneSource
+from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_overlong, survey_source
+from vlmtune.data.window import Window
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor
@@ -60,13 +64,14 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def build_encoder(
-    model_path: str, model: torch.nn.Module, convention: str = "auto", max_length: int | None = None
-) -> Encoder:
-    """convention: how boxes are written, "auto" for the model family's own; max_length: tokens."""
-    if convention == "auto":
-        convention = anatomy_of(model).coordinates
-    return Encoder(load_processor(model_path), coordinates(convention), max_length)
+def build_encoder(model_path: str, model: torch.nn.Module, wish: Data | None = None) -> Encoder:
+    """wish: the data section of the config; None: the model as it is, without a limit of length."""
+    processor = load_processor(model_path)
+    if wish is None:
+        return Encoder(processor, coordinates(anatomy_of(model).coordinates))
+    set_pixel_limits(processor.image_processor, wish.min_pixels, wish.max_pixels)
+    convention = anatomy_of(model).coordinates if wish.coordinates == "auto" else wish.coordinates
+    return Encoder(processor, coordinates(convention), wish.max_length, wish.max_pixels_per_sample)
 
 
 def build_source(source: Source) -> SampleSource:
@@ -108,6 +113,68 @@ def build_eval_groups(config: Config) -> dict[str, list[SampleSource]]:
             if source.size is None:
                 raise VlmtuneError(f"data.eval.{name}: {source.name} has no end; give it a limit.")
     return groups
+
+
+@dataclass(frozen=True)
+class FittedData:
+    """Sources after the context window. surveys: (name, survey) of every source that could be counted."""
+
+    sources: list[SampleSource]
+    groups: dict[str, list[SampleSource]]
+    surveys: list[tuple[str, Survey]]
+
+
+def fit_data(
+    config: Config,
+    encoder: Encoder,
+    sources: Sequence[SampleSource],
+    groups: dict[str, list[SampleSource]],
+    progress: Callable[[str, int, int], None] = lambda name, done, rows: None,
+) -> FittedData:
+    """Count every sample of every file, and drop or trim what is too long, as data.on_overlong says.
+
+    progress: is told name, rows done and rows of the source being counted. Scenes are not counted: the encoder checks
+    them one by one. Raises VlmtuneError for overlong samples (on_overlong: error), and rows that cannot be read.
+    """
+    wish = config.data
+    if wish.max_length is None:
+        return FittedData(list(sources), groups, [])
+    window = Window(wish.max_length, wish.reply_reserve)
+    surveys: list[tuple[str, Survey]] = []
+
+    def fitted(source: SampleSource, name: str) -> SampleSource:
+        if source.identity is None:
+            return source
+        survey = survey_source(
+            source, encoder, window, cache_folder() / "lengths", wish.workers,
+            lambda done: progress(name, done, source.size),
+        )  # fmt: skip
+        surveys.append((name, survey))
+        refuse = wish.on_overlong == "error"
+        return source if refuse else FittedSource(source, survey, encoder, window, wish.on_overlong)
+
+    kept = [fitted(*pair) for pair in zip(sources, source_names(sources), strict=True)]
+    held_out = {
+        group: [fitted(source, f"{group}/{name}") for source, name in zip(members, source_names(members), strict=True)]
+        for group, members in groups.items()
+    }
+    if wish.on_overlong == "error":
+        refuse_overlong(surveys, wish.max_length)
+    return FittedData(kept, held_out, surveys)
+
+
+def describe_surveys(config: Config, fitted: FittedData) -> list[str]:
+    """One line for every source that has samples above data.max_length."""
+    return [f"{name}: {survey.sentence(config.data.max_length)}" for name, survey in fitted.surveys if survey.overlong]
+
+
+def changes(config: Config, fitted: FittedData) -> dict[str, list[dict]]:
+    """What the context window did, for dropped.jsonl and changed.jsonl of a run."""
+    rows: dict[str, list[dict]] = {"dropped.jsonl": [], "changed.jsonl": []}
+    for name, survey in fitted.surveys:
+        for file, records in zip(rows, change_records(name, survey, config.data.on_overlong), strict=True):
+            rows[file] += records
+    return rows
 
 
 def total_steps(config: Config, sizes: Sequence[int | None]) -> int:
@@ -175,7 +242,7 @@ def fingerprint_tree(config: Config) -> dict:
 
 
 __all__ = [
-    "build_encoder", "build_eval_groups", "build_settings", "build_source", "build_steps", "cache_folder",
-    "count_samples", "describe_sources", "fingerprint_tree", "load_model", "policies", "resolve_model", "source_names",
-    "step_loader", "total_steps",
+    "FittedData", "build_encoder", "build_eval_groups", "build_settings", "build_source", "build_steps", "cache_folder",
+    "changes", "count_samples", "describe_sources", "describe_surveys", "fingerprint_tree", "fit_data", "load_model",
+    "policies", "resolve_model", "source_names", "step_loader", "total_steps",
 ]  # fmt: skip

@@ -80,8 +80,21 @@ class Data(Strict):
     train: list[Source] = Field(min_length=1)
     eval: dict[str, list[Source]] = Field(default_factory=dict, description="held-out groups by name")
     max_length: int | None = Field(2048, ge=8, description="tokens per sample, images included")
+    on_overlong: Literal["error", "trim", "drop"] = Field(
+        "error", description="samples above max_length: stop before training, trim (oldest turns first), or leave out"
+    )
+    reply_reserve: int = Field(64, ge=1, description="tokens a reply that is cut keeps at least (on_overlong: trim)")
+    min_pixels: int | None = Field(None, ge=1, description="of one image after its resize (default: the processor's)")
+    max_pixels: int | None = Field(None, ge=1, description="of one image after its resize (default: the processor's)")
+    max_pixels_per_sample: int | None = Field(None, ge=1, description="of all images of a sample together")
     coordinates: str = Field("auto", description="how boxes and points are written: auto, norm1000, pixels, …")
     workers: int = Field(1, ge=0, description="processes that decode and encode ahead")
+
+    @model_validator(mode="after")
+    def _window_has_a_size(self) -> Data:
+        if self.max_length is None and self.on_overlong != "error":
+            raise ValueError(f"on_overlong: {self.on_overlong} needs a max_length")
+        return self
 
 
 class Rule(Strict):

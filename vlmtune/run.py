@@ -27,9 +27,12 @@ from vlmtune.build import (
     build_settings,
     build_source,
     build_steps,
+    changes,
     count_samples,
     describe_sources,
+    describe_surveys,
     fingerprint_tree,
+    fit_data,
     load_model,
     policies,
     resolve_model,
@@ -37,9 +40,10 @@ from vlmtune.build import (
 )
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
 from vlmtune.config import Config, dump_config
+from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.losses.objective import Objective
-from vlmtune.observe.log import History, ProgressLine, TensorBoard, duration
+from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
 from vlmtune.optim.optimizer import build_adamw
@@ -47,7 +51,7 @@ from vlmtune.optim.precision import resolve_precision
 from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
 from vlmtune.trainer import Trainer
 from vlmtune.types import VlmtuneError
-from vlmtune.view import token_view
+from vlmtune.view import histograms, token_view
 
 FIRST_BATCH_SHOWN = 8  # samples of the first batch in first_batch.html
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pydantic")
@@ -69,10 +73,15 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
 
     model_path = resolve_model(config.model)
     model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
+    encoder = build_encoder(model_path, model, config.data)
     sources = [build_source(source) for source in config.data.train]
     groups = build_eval_groups(config)
     for line in describe_sources(sources, groups):
+        console.print(f"data: {line}", highlight=False, markup=False)
+    with CountingBar(console) as bar:
+        fitted = fit_data(config, encoder, sources, groups, bar)
+    sources, groups = fitted.sources, fitted.groups
+    for line in describe_surveys(config, fitted):
         console.print(f"data: {line}", highlight=False, markup=False)
     precision = resolve_precision(config.train.precision, device)
     settings = build_settings(config, [source.size for source in sources], precision)
@@ -88,10 +97,14 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     write_text(folder / "assignment.json", json.dumps(plan.rows, indent=1))  # first: it marks a run folder
     write_text(folder / "config.yaml", dump_config(config))
     write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
-    for name in ("dropped.jsonl", "changed.jsonl"):
-        (folder / name).touch()
+    for name, rows in changes(config, fitted).items():
+        write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     first = [steps.mixture[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
-    write_token_view(folder / "first_batch.html", [token_view(encoder, sources[s][row]) for s, row in first])
+    write_token_view(
+        folder / "first_batch.html",
+        [token_view(encoder, fitted_sample(sources[s], row)) for s, row in first],
+        histograms(config, fitted),
+    )
     console.print(assignment_table(plan.rows))
     console.print(
         f"{settings.total_steps} steps of {config.train.batch_size} samples "

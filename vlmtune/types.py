@@ -49,14 +49,10 @@ class Text:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is not decoded yet: a file, or the encoded bytes of one.
-
-    max_pixels: shrink this one to at most so many (None: what the processor is set to).
-    """
+    """An image that is not decoded yet: a file, or the encoded bytes of one."""
 
     source: Path | bytes
     id: str | None = None
-    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,13 +109,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. `origin` says where it came from ("train.jsonl:17") and appears in every complaint."""
+    """One conversation. `origin` says where it came from ("train.jsonl:17") and appears in every complaint.
+
+    max_pixels: shrink each of its images to at most so many (None: what the processor is set to).
+    """
 
     id: str
     turns: tuple[Turn, ...]
     task: str = "default"
     origin: str = ""
     meta: dict = field(default_factory=dict)
+    max_pixels: int | None = None
 
     @property
     def images(self) -> list[ImageRef]:

@@ -17,6 +17,7 @@ from vlmtune.build import (
     build_encoder,
     build_eval_groups,
     build_source,
+    fit_data,
     load_model,
     policies,
     resolve_model,
@@ -27,7 +28,8 @@ from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
-from vlmtune.models.load import load_processor, save_processor
+from vlmtune.models.load import save_processor
+from vlmtune.observe.log import CountingBar
 from vlmtune.outcome import metrics_table
 from vlmtune.types import Box, Boxes, ImageRef, Point, Sample, Text, Turn, VlmtuneError
 
@@ -54,7 +56,7 @@ def load_run(run: Path, checkpoint: str) -> Loaded:
     folder = None if checkpoint == "base" else find_checkpoint(run, checkpoint)
     model_path = resolve_model(config.model)
     model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
+    encoder = build_encoder(model_path, model, config.data)
     plan = None
     if folder is not None:
         plan = apply_plan(model, policies(config), config.model, config.train.seed)
@@ -78,6 +80,8 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     groups = build_eval_groups(loaded.config)
     if not groups:
         raise VlmtuneError(f"{run}: its config has no data.eval, so there is nothing to evaluate on.")
+    with CountingBar(console) as bar:
+        groups = fit_data(loaded.config, loaded.encoder, [], groups, bar).groups
     wish = loaded.config.evaluate
     result = evaluate(
         loaded.model, loaded.encoder, groups, limit=None, batch_size=wish.batch_size,
@@ -160,7 +164,7 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
     draft.mkdir(parents=True)
     try:
         loaded.model.save_pretrained(draft)
-        save_processor(load_processor(loaded.model_path), loaded.model_path, draft)
+        save_processor(loaded.encoder.processor, loaded.model_path, draft)
         again = load_model(str(draft)).eval()
         with torch.inference_mode():
             logits = again(**batch.inputs, use_cache=False).logits
@@ -195,5 +199,6 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
 def _probe_batch(loaded: Loaded):
     """A few training samples of the run, to compare logits on."""
     source = build_source(loaded.config.data.train[0])
+    source = fit_data(loaded.config, loaded.encoder, [source], {}).sources[0]
     samples = [source[i] for i in range(min(4, source.size or 4))]
     return collate([loaded.encoder.encode(sample) for sample in samples], loaded.encoder.pad_token_id)

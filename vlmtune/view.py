@@ -10,20 +10,31 @@ from PIL import Image
 from rich.console import Console
 
 from vlmtune.build import (
+    FittedData,
     build_encoder,
     build_settings,
     build_source,
     build_steps,
     describe_sources,
+    fit_data,
     load_model,
     resolve_model,
 )
 from vlmtune.config import Config
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import load_image
+from vlmtune.data.survey import fitted_sample
+from vlmtune.data.window import Fitted
+from vlmtune.observe.histogram import Histogram, length_histogram
+from vlmtune.observe.log import CountingBar
 from vlmtune.observe.token_view import TokenView, terminal_table, write_token_view
-from vlmtune.types import Box, Boxes, ImageGeometry, Kind, Points, Sample, VlmtuneError
+from vlmtune.types import Box, Boxes, ImageGeometry, Kind, Points, VlmtuneError
 
+CHANGED = {
+    "turns": "Oldest turns dropped: {2}. {0} tokens became {1}.",
+    "images": "Images shrunk: {2}. {0} tokens became {1}.",
+    "reply": "Last reply {2}; its end-of-turn token carries no loss. {0} tokens became {1}.",
+}
 POINT_SIZE = 4  # pixels of the model's image: the square drawn around a point
 
 
@@ -31,34 +42,51 @@ def inspect_sample(config: Config, sample_id: str | None, page: Path, console: C
     """Print and write the token view of one sample: the same encoder and data order as training."""
     model_path = resolve_model(config.model)
     model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
-    sources = [build_source(source) for source in config.data.train]
+    encoder = build_encoder(model_path, model, config.data)
+    raw = [build_source(source) for source in config.data.train]
+    with CountingBar(console) as bar:
+        fitted = fit_data(config, encoder, raw, {}, bar)
+    sources = fitted.sources
     for line in describe_sources(sources, {}):
         console.print(f"data: {line}", highlight=False, markup=False)
     if sample_id is None:
         settings = build_settings(config, [s.size for s in sources], "fp32")
         steps = build_steps(config, sources, encoder, settings.total_steps)
         source, row = steps.mixture[0]
-        sample = sources[source][row]
+        found = fitted_sample(sources[source], row)
     else:
-        sample = _find_sample(sources, sample_id)
-    view = token_view(encoder, sample)
+        found = _find_sample(config, fitted, sample_id)
+    view = token_view(encoder, found)
     console.print(terminal_table(view))
-    write_token_view(page, [view])
+    write_token_view(page, [view], histograms(config, fitted))
     return page
 
 
-def _find_sample(sources, sample_id: str) -> Sample:
-    for source in sources:
+def _find_sample(config: Config, fitted: FittedData, sample_id: str) -> Fitted:
+    for source in fitted.sources:
         for index in range(source.size or 0):
-            sample = source[index]
-            if sample.id == sample_id:
-                return sample
+            found = fitted_sample(source, index)
+            if found.sample.id == sample_id:
+                return found
+    for name, survey in fitted.surveys:
+        for gone in survey.overlong:
+            if gone.id == sample_id:
+                raise VlmtuneError(
+                    f"sample {sample_id!r} of {name} ({gone.origin}) is left out: it has {gone.tokens} tokens, and "
+                    f"data.max_length is {config.data.max_length}."
+                )
     raise VlmtuneError(f"no sample with id {sample_id!r} in the training files of this config.")
 
 
-def token_view(encoder: Encoder, sample: Sample) -> TokenView:
+def histograms(config: Config, fitted: FittedData) -> list[Histogram]:
+    """Lengths of every source that was counted."""
+    limit = config.data.max_length
+    return [length_histogram(name, s.sentence(limit), s.tokens, limit) for name, s in fitted.surveys]
+
+
+def token_view(encoder: Encoder, fitted: Fitted) -> TokenView:
     """Everything the token view shows of one sample."""
+    sample = fitted.sample
     encoded = encoder.encode(sample)
     carries = encoded.supervised().tolist()
     ids = encoded.ids.tolist()
@@ -77,6 +105,7 @@ def token_view(encoder: Encoder, sample: Sample) -> TokenView:
         weights=[1.0 if c else 0.0 for c in carries],
         images=pages,
         boxes=boxes,
+        notes=[CHANGED[change.action].format(*change.tokens, change.detail) for change in fitted.changes],
     )
 
 

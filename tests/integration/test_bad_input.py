@@ -251,7 +251,7 @@ def _placeholders(p: Project, row: dict):
 
 def _too_long(p: Project, row: dict):
     row["messages"][1]["content"] = "red " * 3000
-    return "exceed max_length 2048", "raise data.max_length or shorten the sample"
+    return "exceed 2,048 tokens", "Raise data.max_length, or set data.on_overlong to trim or drop."
 
 
 def _box_without_image(p: Project, row: dict):

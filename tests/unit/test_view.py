@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
+from vlmtune.data.window import Fitted
 from vlmtune.models.load import load_processor
 from vlmtune.types import Boxes, ImageRef, Points, Sample, Text, Turn
 from vlmtune.view import token_view
@@ -31,7 +32,7 @@ def test_boxes_and_points_are_drawn_where_they_are(family, tiny_folder):
     )
     encoder = Encoder(load_processor(str(tiny_folder(family))), coordinates("norm1000"))
     sample = Sample("s", turns)
-    view = token_view(encoder, sample)
+    view = token_view(encoder, Fitted(sample))
     geometry = encoder.encode(sample).geometry[0]
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(view.images[0].split(",")[1]))).convert("L"))
     assert shown.shape == (geometry.resized_height, geometry.resized_width)

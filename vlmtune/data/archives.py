@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vlmtune.data.index import IndexWriter, file_index, open_unchanged, stamp_of
+from vlmtune.data.index import IndexWriter, file_index, identity_of, open_unchanged, stamp_of
 from vlmtune.data.rows import CONTENT, Row
 from vlmtune.data.strict_json import loads
 from vlmtune.types import VlmtuneError
@@ -37,7 +37,7 @@ class Tar:
     """
 
     def __init__(self, path: Path, cache: Path | None = None):
-        self.path, self.name, self.folder = path, path.name, path.parent
+        self.path, self.name, self.folder, self.identity = path, path.name, path.parent, identity_of(path)
         self._stamp = stamp_of(path)
         index = file_index(path, "tar", COLUMNS, self._index, cache)
         self._members, self._samples, self._names = index["members"], index["samples"], index["names"]

@@ -15,19 +15,19 @@ a control token is tokenised as the characters it is.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
+from vlmtune import __version__
 from vlmtune.data.coordinates import Coordinates
-from vlmtune.data.geometry import image_geometry
-from vlmtune.data.images import load_image
-from vlmtune.types import Boxes, Encoded, ImageGeometry, ImageRef, Kind, Points, Sample, Text, Turn, VlmtuneError
+from vlmtune.data.pictures import Pictures, ProcessedImages
+from vlmtune.types import Boxes, Encoded, ImageRef, Kind, Points, Sample, Text, Turn, VlmtuneError
 
 # Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -46,29 +46,28 @@ class Piece:
     opens: bool = False
 
 
-@dataclass(frozen=True)
-class ProcessedImages:
-    """pixels: the processor's tensors; expansions: the text each placeholder becomes; geometry: one per image."""
-
-    pixels: dict[str, Tensor]
-    expansions: list[str]
-    geometry: list[ImageGeometry]
-
-
 class Encoder:
     """Encodes samples for one model.
 
     processor: any `ProcessorMixin` with a tokenizers-backed tokenizer and a chat template; coordinates: how this model
-    writes boxes; max_length: tokens, image placeholders included (None = no limit).
+    writes boxes; max_length: tokens, image placeholders included (None = no limit); max_pixels_per_sample: of
+    all images of a sample together.
     """
 
-    def __init__(self, processor, coordinates: Coordinates, max_length: int | None = None):
+    def __init__(
+        self,
+        processor,
+        coordinates: Coordinates,
+        max_length: int | None = None,
+        max_pixels_per_sample: int | None = None,
+    ):
         if getattr(processor, "chat_template", None) is None:
             raise VlmtuneError("The processor has no chat template: add chat_template.jinja to the model folder.")
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.coordinates = coordinates
         self.max_length = max_length
+        self.pictures = Pictures(processor, max_pixels_per_sample)
         _require_tokens(self.tokenizer, coordinates)
         self.image_token_ids = {int(i) for i in processor.image_token_ids if i is not None}
         self._control_tokens = _control_tokens(self.tokenizer, processor.chat_template, coordinates.tokens())
@@ -88,6 +87,21 @@ class Encoder:
     def pad_token_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
+    @property
+    def identity(self) -> str:
+        """A digest of everything that the tokens of a sample depend on besides the sample."""
+        image_processor = self.processor.image_processor
+        parts = [
+            __version__,
+            type(image_processor).__name__,
+            image_processor.to_json_string(),
+            self.pictures.per_sample,
+            self.processor.chat_template,
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.coordinates.name,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def encode(self, sample: Sample) -> Encoded:
         """The whole conversation. Raises VlmtuneError (naming the sample) for anything that cannot be encoded."""
         if not any(turn.role == "assistant" and turn.train and not turn.is_empty for turn in sample.turns):
@@ -99,6 +113,11 @@ class Encoder:
                 "raise data.max_length or shorten the sample."
             )
         return encoded
+
+    def count(self, sample: Sample) -> int:
+        """Tokens of `encode(sample)`, images included, without decoding one: their sizes stand in file headers."""
+        images = self.pictures.measure(sample.images, sample.max_pixels, _where(sample))
+        return len(self._tokens_of(sample, sample.turns, images, prompt=False)[0])
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The conversation up to the last reply, ending in the generation prompt: what the model sees at inference."""
@@ -124,44 +143,11 @@ class Encoder:
         last = encoded.ids[encoded.kinds == Kind.RESPONSE][-1]
         return {int(last), int(self.tokenizer.eos_token_id), self.pad_token_id}
 
-    # ---- images -------------------------------------------------------------------------------------------------
-
-    def process_images(self, images: Sequence[Image.Image]) -> ProcessedImages:
-        """Run the image processor on all images of one sample."""
-        if not images:
-            return ProcessedImages({}, [], [])
-        placeholder = self.processor.image_token
-        out = self.processor(
-            text=[placeholder * len(images)],
-            images=[list(images)],
-            return_text_replacement_offsets=True,
-            return_tensors="pt",
-        )
-        expansions = [entry["replacement"] for entry in out["text_replacement_offsets"][0]]
-        skip = {"input_ids", "attention_mask", "text_replacement_offsets", *self._extra_names}
-        pixels = {name: value for name, value in out.items() if isinstance(value, Tensor) and name not in skip}
-        image_processor = self.processor.image_processor
-        canvases = _canvases(pixels, len(images), image_processor)
-        geometry = [
-            image_geometry(image_processor, im.size, canvas) for im, canvas in zip(images, canvases, strict=True)
-        ]
-        return ProcessedImages(pixels, expansions, geometry)
-
     # ---- text ---------------------------------------------------------------------------------------------------
 
     def _encode(self, sample: Sample, turns: tuple[Turn, ...], add_generation_prompt: bool) -> Encoded:
-        references = [part for turn in turns for part in turn.parts if isinstance(part, ImageRef)]
-        images = self.process_images([load_image(ref.source, _where(sample)) for ref in references])
-        pieces = self._pieces(sample, turns, images, add_generation_prompt)
-        ids, kinds, turn_of = self._tokenise(pieces)
-        bos = self.tokenizer.bos_token
-        template_writes_bos = bool(bos and pieces and pieces[0].control and pieces[0].text.startswith(bos))
-        if self._prefix_ids and not template_writes_bos:
-            ids, kinds, turn_of = (
-                [*self._prefix_ids, *ids],
-                [int(Kind.SPECIAL)] * len(self._prefix_ids) + kinds,
-                [-1] * len(self._prefix_ids) + turn_of,
-            )
+        images = self.pictures.load(_images_of(turns), sample.max_pixels, _where(sample))
+        ids, kinds, turn_of = self._tokens_of(sample, turns, images, add_generation_prompt)
         extras = {}
         if self._extra_names:
             types = torch.as_tensor(np.asarray(self.processor.create_mm_token_type_ids([ids])))[0].long()
@@ -177,6 +163,20 @@ class Encoder:
             geometry=images.geometry,
             origin=sample.origin,
         )
+
+    def _tokens_of(
+        self, sample: Sample, turns: tuple[Turn, ...], images: ProcessedImages, prompt: bool
+    ) -> tuple[list[int], list[int], list[int]]:
+        """ids, kinds, turns: one entry per token of the conversation."""
+        pieces = self._pieces(sample, turns, images, prompt)
+        ids, kinds, turn_of = self._tokenise(pieces)
+        bos = self.tokenizer.bos_token
+        template_writes_bos = bool(bos and pieces and pieces[0].control and pieces[0].text.startswith(bos))
+        if self._prefix_ids and not template_writes_bos:
+            ids = [*self._prefix_ids, *ids]
+            kinds = [int(Kind.SPECIAL)] * len(self._prefix_ids) + kinds
+            turn_of = [-1] * len(self._prefix_ids) + turn_of
+        return ids, kinds, turn_of
 
     def _pieces(self, sample: Sample, turns: tuple[Turn, ...], images: ProcessedImages, prompt: bool) -> list[Piece]:
         """Render the template around the parts and cut the rendering into pieces."""
@@ -398,6 +398,10 @@ def _where(sample: Sample) -> str:
     return f"{sample.origin} (sample {sample.id})" if sample.origin else f"sample {sample.id}"
 
 
+def _images_of(turns: Sequence[Turn]) -> list[ImageRef]:
+    return [part for turn in turns for part in turn.parts if isinstance(part, ImageRef)]
+
+
 def _rewrites(sample: Sample) -> str:
     return (
         f"{_where(sample)}: the chat template rewrites message text (a trim, a cut or a filter that vlmtune does not "
@@ -472,7 +476,8 @@ def _supervise_end_of_turn(pieces: list[Piece], control_re: re.Pattern, sample: 
                     f"{_where(sample)}: the chat template writes {piece.text[:20]!r} after a reply instead of an "
                     "end-of-turn token, so the model would never learn to stop; use a template that ends replies."
                 )
-            kind = Kind.UNTRAINED if reply.kind == Kind.UNTRAINED else Kind.RESPONSE
+            ended = reply.kind != Kind.UNTRAINED and not sample.turns[reply.turn].cut
+            kind = Kind.RESPONSE if ended else Kind.UNTRAINED  # a reply that was cut did not end here
             out.append(Piece(piece.text[: match.end()], kind, reply.turn, control=True))
             if match.end() < len(piece.text):
                 out.append(Piece(piece.text[match.end() :], Kind.SPECIAL, control=True))
@@ -481,14 +486,3 @@ def _supervise_end_of_turn(pieces: list[Piece], control_re: re.Pattern, sample: 
                 raise VlmtuneError(f"{_where(sample)}: the chat template writes no end-of-turn token after the reply.")
             out.append(piece)
     return out
-
-
-def _canvases(pixels: dict[str, Tensor], count: int, image_processor) -> list[tuple[int, int]]:
-    """(width, height) in pixels of each image as the model sees it; of one tile, where the processor cuts tiles."""
-    if "image_grid_thw" in pixels:
-        patch = image_processor.patch_size
-        return [(int(w) * patch, int(h) * patch) for _, h, w in pixels["image_grid_thw"].tolist()]
-    if "image_sizes" in pixels and not hasattr(image_processor, "image_grid_pinpoints"):  # Pixtral's; there: originals
-        return [(int(w), int(h)) for h, w in pixels["image_sizes"].tolist()]
-    height, width = pixels["pixel_values"].shape[-2:]
-    return [(int(width), int(height))] * count

@@ -20,7 +20,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from vlmtune.data.archives import Tar
-from vlmtune.data.index import IndexWriter, file_index, open_unchanged, stamp_of
+from vlmtune.data.index import IndexWriter, file_index, identity_of, open_unchanged, stamp_of
 from vlmtune.data.rows import CONTENT, Row
 from vlmtune.data.strict_json import loads
 from vlmtune.data.tables import Parquet, open_hub, open_saved
@@ -38,13 +38,15 @@ class Reader(Protocol):
     """Rows by index, equal in any process.
 
     name: for logs; container: what holds the rows, for people; folder: where relative image paths start, None for data
-    that lies nowhere in particular; size: rows, at least one. `row` raises VlmtuneError naming file and row.
+    that lies nowhere in particular; size: rows, at least one; identity: a text that other contents do not have. `row`
+    raises VlmtuneError naming file and row.
     """
 
     name: str
     container: str
     folder: Path | None
     size: int
+    identity: str
 
     def row(self, index: int) -> Row: ...
 
@@ -94,7 +96,7 @@ class JsonLines:
     container = "JSONL"
 
     def __init__(self, path: Path, cache: Path | None = None):
-        self.path, self.name, self.folder = path, path.name, path.parent
+        self.path, self.name, self.folder, self.identity = path, path.name, path.parent, identity_of(path)
         self._stamp = stamp_of(path)
         self._lines = file_index(path, "lines", {"lines": (np.int64, 2)}, self._index, cache)["lines"]
         self.size = len(self._lines)
@@ -127,7 +129,7 @@ class JsonList:
     """One list of objects, held in memory: there is no reading a part of it."""
 
     def __init__(self, path: Path):
-        self.path, self.name, self.folder = path, path.name, path.parent
+        self.path, self.name, self.folder, self.identity = path, path.name, path.parent, identity_of(path)
         size = path.stat().st_size
         self.container = "JSON list" + (
             f" of {size / 1e6:,.0f} MB held in memory by every process (as .jsonl it would stay on disk)"
@@ -154,7 +156,7 @@ class Table:
     """
 
     def __init__(self, path: Path, cache: Path | None = None):
-        self.path, self.name, self.folder = path, path.name, path.parent
+        self.path, self.name, self.folder, self.identity = path, path.name, path.parent, identity_of(path)
         self.container, self._separator = ("CSV", ",") if path.suffix == ".csv" else ("TSV", "\t")
         self._stamp = stamp_of(path)
         with path.open("rb") as file:
@@ -252,6 +254,7 @@ class Chain:
 
     def __init__(self, folder: Path, readers: Sequence[Reader]):
         self.name, self.folder = folder.name, folder
+        self.identity = "\n".join(reader.identity for reader in readers)
         self._readers = readers
         self._ends = np.cumsum([reader.size for reader in readers])
         self.size = int(self._ends[-1])

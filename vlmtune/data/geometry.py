@@ -54,6 +54,15 @@ def image_geometry(image_processor, original: Size, canvas: Size) -> ImageGeomet
     return whole if rectangle == (0.0, 0.0, *canvas) else ImageGeometry(*original, *canvas, rectangle)
 
 
+def without_margin(geometry: ImageGeometry, size: Size) -> ImageGeometry:
+    """The geometry of an image of `size` that was padded at its right and lower sides before it was processed."""
+    if size == (geometry.width, geometry.height):
+        return geometry
+    width, height = geometry.resized_width, geometry.resized_height
+    (u1, v1), (u2, v2) = geometry.to_canvas(0.0, 0.0), geometry.to_canvas(*size)
+    return ImageGeometry(*size, width, height, (u1 * width, v1 * height, u2 * width, v2 * height))
+
+
 def _resized(wish, size: Size) -> Size:
     """transformers' sizes: exact height and width, or the shortest edge with the aspect ratio kept."""
     if wish.get("height") and wish.get("width"):

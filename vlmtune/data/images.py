@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vlmtune.types import VlmtuneError
 
 MAX_PIXELS = 100_000_000  # a 10,000 x 10,000 picture; above it we speak of a decompression bomb
+ORIENTATION = ExifTags.Base.Orientation
+QUARTER_TURNS = (5, 6, 7, 8)  # values of it that swap width and height
+
+T = TypeVar("T")
 
 
 def load_image(source: Path | bytes, where: str) -> Image.Image:
@@ -19,25 +25,44 @@ def load_image(source: Path | bytes, where: str) -> Image.Image:
     where: what a complaint should name (file, row, sample id). Raises VlmtuneError for anything that is not a whole,
     reasonably sized image.
     """
+
+    def decode(image: Image.Image) -> Image.Image:
+        image.load()
+        return _upright_rgb(image)
+
+    return _opened(source, where, decode)
+
+
+def image_size(source: Path | bytes, where: str) -> tuple[int, int]:
+    """(width, height) that `load_image` would give, from the header alone. Raises VlmtuneError as it does."""
+
+    def upright(image: Image.Image) -> tuple[int, int]:
+        swapped = image.getexif().get(ORIENTATION) in QUARTER_TURNS
+        return (image.height, image.width) if swapped else image.size
+
+    return _opened(source, where, upright)
+
+
+def _opened(source: Path | bytes, where: str, read: Callable[[Image.Image], T]) -> T:
+    """What `read` makes of an image whose header is sound."""
     name = str(source) if isinstance(source, Path) else f"{len(source)} bytes"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit below is stricter
             image = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
-        if image.width * image.height > MAX_PIXELS:
-            raise VlmtuneError(
-                f"{where}: image {name} has {image.width}x{image.height} pixels, above the limit of {MAX_PIXELS:,}; "
-                "shrink it first."
-            )
-        image.load()
-        image = _upright_rgb(image)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise VlmtuneError(
+                    f"{where}: image {name} has {image.width}x{image.height} pixels, above the limit of "
+                    f"{MAX_PIXELS:,}; shrink it first."
+                )
+            return read(image)
     except VlmtuneError:
         raise
     except FileNotFoundError as error:
         raise VlmtuneError(f"{where}: image {name} does not exist.") from error
     except Exception as error:  # Pillow's readers raise whatever the damage leads to: struct.error, IndexError, …
         raise VlmtuneError(f"{where}: image {name} cannot be decoded ({error}); replace or remove it.") from error
-    return image
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

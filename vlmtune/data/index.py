@@ -14,7 +14,8 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -69,6 +70,11 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
+def identity_of(path: Path) -> str:
+    """A text that another file, or other contents of this one, do not have."""
+    return f"{os.path.abspath(path)} {' '.join(map(str, stamp_of(path)))}"
+
+
 def open_unchanged(path: Path, stamp: Stamp) -> BinaryIO:
     """Open for reading by offset. Raises VlmtuneError if the file is gone or is not the one that was indexed."""
     try:
@@ -99,14 +105,7 @@ def file_index(
     folder = cache / f"{place}-{_digest(f'{FORMAT} {stamp.size} {stamp.mtime_ns}')}"
     sizes = _sizes(folder, columns)
     if sizes is None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
-        except OSError as error:
-            raise VlmtuneError(
-                f"the index of {path} cannot be written to {cache} ({error.strerror}); set VLMTUNE_CACHE to a folder "
-                "that can be."
-            ) from error
+        draft = _draft(folder)
         try:
             sizes = _write(draft, path, stamp, columns, build)
             _publish(draft, folder, columns)
@@ -161,6 +160,41 @@ def _map(folder: Path, columns: Columns, sizes: Mapping[str, int]) -> dict[str, 
             column = np.empty(0, dtype=scalar)  # an empty file cannot be mapped
         mapped[name] = column.reshape(-1, width) if width else column
     return mapped
+
+
+def keep_rows(folder: Path, numbers: np.ndarray, rows: Sequence[dict]) -> None:
+    """Keep one number per row, and a dict for each of a few, in a new folder of the cache. Raises VlmtuneError."""
+    draft = _draft(folder)
+    try:
+        np.save(draft / "numbers.npy", numbers)
+        (draft / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if folder.exists() and kept_rows(folder) is None:
+            shutil.rmtree(folder)
+        with suppress(OSError):  # somebody else kept the same meanwhile
+            os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def kept_rows(folder: Path) -> tuple[np.ndarray, list[dict]] | None:
+    """What `keep_rows` wrote; None if there is nothing, or it is damaged."""
+    try:
+        lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+        return np.load(folder / "numbers.npy", mmap_mode="r"), [json.loads(line) for line in lines]
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _draft(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be renamed to it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise VlmtuneError(
+            f"the cache {folder.parent} cannot be written ({error.strerror}); set VLMTUNE_CACHE to a folder that can "
+            "be."
+        ) from error
 
 
 def _digest(text: str) -> str:

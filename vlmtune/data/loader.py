@@ -48,7 +48,8 @@ class Steps(Dataset):
         ]
 
 
-def _one_thread(worker: int) -> None:
+def one_thread(worker: int) -> None:
+    """Of a worker process: there are several of them."""
     torch.set_num_threads(1)
 
 
@@ -59,7 +60,7 @@ def load_steps(steps: Steps, start: int, stop: int, workers: int) -> Iterator[li
         sampler=range(start, stop),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=one_thread,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # its own: drawing worker seeds must not move the training RNG

@@ -105,32 +105,52 @@ def largest_aspect(image_processor: Any) -> float:
     return min(MAX_ASPECT, image_processor.size.longest_edge / unit**2)
 
 
+def padded_size(size: tuple[int, int], most: float = MAX_ASPECT) -> tuple[int, int]:
+    """(width, height) of `padded_to_aspect`."""
+    width, height = size
+    return max(width, math.ceil(height / most)), max(height, math.ceil(width / most))
+
+
 def padded_to_aspect(image: Image.Image, most: float = MAX_ASPECT) -> Image.Image:
     """The image, with white on its right or lower side where it is more than `most` times as long as wide."""
-    width, height = image.size
-    wanted = (max(width, math.ceil(height / most)), max(height, math.ceil(width / most)))
-    if wanted == image.size:
+    width, height = padded_size(image.size, most)
+    if (width, height) == image.size:
         return image
-    return ImageOps.expand(image, (0, 0, wanted[0] - width, wanted[1] - height), (255, 255, 255))
+    return ImageOps.expand(image, (0, 0, width - image.width, height - image.height), (255, 255, 255))
 
 
-def shrunk_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """(width, height) scaled down to at most `max_pixels`, both at least 1; unchanged when it is small enough."""
-    width, height = size
-    if width * height <= max_pixels:
-        return size
-    scale = math.sqrt(max_pixels / (width * height))
-    short = max(1, math.floor(min(size) * scale))
-    long = max(1, min(math.floor(max(size) * scale), max_pixels // short))  # scale may round to just below 1 / side
-    return (long, short) if width >= height else (short, long)
+def pixel_range(image_processor: Any) -> tuple[int, int] | None:
+    """The fewest and the most pixels an image may get from this processor; None: it makes all images the same size."""
+    size = image_processor.size
+    if hasattr(image_processor, "merge_size") and size.shortest_edge:
+        return size.shortest_edge, size.longest_edge
+    if hasattr(image_processor, "max_patches"):
+        tile = image_processor.size.height * image_processor.size.width
+        return tile * max(1, image_processor.min_patches), tile * image_processor.max_patches
+    if hasattr(image_processor, "max_image_size"):
+        return image_processor.max_image_size["longest_edge"] ** 2, size.longest_edge**2
+    return None
 
 
-def share_pixels(sizes: Sequence[tuple[int, int]], max_pixels: int) -> list[int] | None:
-    """How many pixels each image of a sample may keep so that together they have at most `max_pixels`.
+def most_pixels(image_processor: Any, size: tuple[int, int]) -> int:
+    """An image of (width, height) gets at most so many pixels; rounding aside exactly so, where it is not tiled."""
+    lowest, highest = pixel_range(image_processor)
+    if hasattr(image_processor, "merge_size"):
+        return min(max(size[0] * size[1], lowest), highest)
+    return highest
 
-    sizes: (width, height) of each. All shrink by the same factor. None: they fit as they are.
+
+def even_limit(pixels: Sequence[int], total: int) -> int | None:
+    """The limit for each image with which images of so many pixels have at most `total` together; None: they have.
+
+    The largest images are cut first, all to the same limit.
     """
-    total = sum(width * height for width, height in sizes)
-    if total <= max_pixels:
+    if sum(pixels) <= total:
         return None
-    return [max(1, width * height * max_pixels // total) for width, height in sizes]
+    left = total
+    for n, smallest in enumerate(sorted(pixels)):
+        share = left // (len(pixels) - n)
+        if smallest > share:
+            return share
+        left -= smallest
+    raise AssertionError("images of more than `total` pixels have one above the mean")

@@ -12,10 +12,16 @@ from vlmtune.types import Sample
 
 
 class SampleSource(Protocol):
-    """`size` is None for a source without end. `format` says what it reads, for people."""
+    """`size` is None for a source without end. `format` says what it reads, for people.
+
+    identity: a text that other contents do not have; None where there is no telling, or no need to.
+    """
 
     name: str
     size: int | None
+
+    @property
+    def identity(self) -> str | None: ...
 
     @property
     def format(self) -> str: ...
@@ -34,6 +40,10 @@ class SceneSource:
         self.size = limit
         self._task, self._split, self._turns, self._start = task, split, turns, start
         self._recipe = SceneRecipe(concepts)
+
+    @property
+    def identity(self) -> None:
+        return None
 
     @property
     def format(self) -> str:
@@ -65,6 +75,10 @@ class FileSource:
         self._roots = [] if folder is None else [folder]
         self._task = task or "default"
         self.size = min(self._reader.size, limit) if limit else self._reader.size
+
+    @property
+    def identity(self) -> str:
+        return f"{self._reader.identity} {self._roots}"
 
     @property
     def format(self) -> str:

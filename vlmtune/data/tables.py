@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmtune.data.index import identity_of
 from vlmtune.data.rows import CONTENT, FIELDS, REFUSED, Row
 from vlmtune.data.strict_json import loads
 from vlmtune.types import VlmtuneError
@@ -30,7 +31,7 @@ class Parquet:
     """Row groups are read whole and the last ones are kept: rows of a shuffled epoch cost a group each."""
 
     def __init__(self, path: Path):
-        self.path, self.name, self.folder = path, path.name, path.parent
+        self.path, self.name, self.folder, self.identity = path, path.name, path.parent, identity_of(path)
         parquet = _library("pyarrow.parquet", str(path))
         try:
             described = parquet.read_metadata(path)
@@ -84,6 +85,7 @@ class ArrowTable:
 
     def __init__(self, data: Any, name: str, place: str, container: str, folder: Path | None):
         self.name, self.container, self.folder, self._place = name, container, folder, place
+        self.identity = f"{place} {data._fingerprint}"
         columns = _known_columns(data.column_names, place)
         self._data = data.select_columns(columns).with_format("arrow")
         self._json = _json_columns(data.features.arrow_schema.field(name) for name in columns)

@@ -53,10 +53,10 @@ class Window:
     max_length: int
     reply_reserve: int = 64
 
-    def fit(self, sample: Sample, measure: Measure, lowest_pixels: int | None = None) -> Fitted:
+    def fit(self, sample: Sample, measure: Measure, pixels: tuple[int, int] | None = None) -> Fitted:
         """The sample brought to `max_length`, and what was done to it.
 
-        lowest_pixels: how far one image may be shrunk; None: images keep their size.
+        pixels: the fewest and the most that one image may have; None: images keep their size.
         """
         before = tokens = measure(sample)
         changes: list[Change] = []
@@ -66,10 +66,10 @@ class Window:
         if tokens < before:
             rounds = len(_rounds(sample))
             changes.append(Change("turns", f"kept the last {rounds} rounds", (before, tokens)))
-        if tokens > self.max_length and lowest_pixels is not None and sample.images:
-            smaller, count, pixels = self._shrink(sample, measure, tokens, lowest_pixels)
+        if tokens > self.max_length and pixels is not None and sample.images:
+            smaller, count = self._shrink(sample, measure, tokens, *pixels)
             if count < tokens:
-                changes.append(Change("images", f"at most {pixels} pixels per image", (tokens, count)))
+                changes.append(Change("images", f"at most {smaller.max_pixels} pixels per image", (tokens, count)))
                 sample, tokens = smaller, count
         if tokens > self.max_length:
             cut, count = self._cut_reply(sample, measure)
@@ -80,15 +80,14 @@ class Window:
             sample = cut
         return Fitted(sample, tuple(changes))
 
-    def _shrink(self, sample: Sample, measure: Measure, tokens: int, lowest: int) -> tuple[Sample, int, int]:
+    def _shrink(self, sample: Sample, measure: Measure, tokens: int, lowest: int, most: int) -> tuple[Sample, int]:
         """Halve the pixels of the images until the sample fits, but not below `lowest`."""
-        pixels = START_PIXELS
-        best = sample, tokens, pixels
-        while pixels > lowest and best[1] > self.max_length:
-            pixels = max(pixels // 2, lowest)
-            smaller = _with_pixels(sample, pixels)
-            best = smaller, measure(smaller), pixels
-        return best
+        most = min(most, sample.max_pixels or most)
+        while most > lowest and tokens > self.max_length:
+            most = max(most // 2, lowest)
+            sample = replace(sample, max_pixels=most)
+            tokens = measure(sample)
+        return sample, tokens
 
     def _cut_reply(self, sample: Sample, measure: Measure) -> tuple[Sample | None, int]:
         """The longest cut of the last reply that fits; None when there is none, or no room for one."""
@@ -112,9 +111,6 @@ class Window:
             else:
                 high = middle
         return best
-
-
-START_PIXELS = 1 << 26  # 8192 x 8192: above what any processor keeps
 
 
 def _rounds(sample: Sample) -> list[list[Turn]]:
@@ -158,16 +154,6 @@ def _refers(later: Sequence[Sequence[Turn]], number: int, image: ImageRef) -> bo
         return False
     name = re.compile(rf"(?<!\w){re.escape(image.id)}(?!\w)")
     return any(isinstance(part, Text) and name.search(part.text) for part in parts)
-
-
-def _with_pixels(sample: Sample, pixels: int) -> Sample:
-    def smaller(part: Part) -> Part:
-        if not isinstance(part, ImageRef):
-            return part
-        return replace(part, max_pixels=min(pixels, part.max_pixels or pixels))
-
-    turns = (replace(turn, parts=tuple(smaller(part) for part in turn.parts)) for turn in sample.turns)
-    return replace(sample, turns=tuple(turns))
 
 
 def _cuts(reply: Turn) -> list[tuple[Part, ...]]:

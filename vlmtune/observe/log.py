@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 CountBySource = Callable[[int], dict[str, int]]
 
@@ -136,6 +137,33 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class CountingBar:
+    """A bar while samples are counted, one source after the other; without a terminal nothing is shown."""
+
+    def __init__(self, console: Console):
+        self._progress = Progress(
+            TextColumn("counting tokens of {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} samples"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> CountingBar:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._progress.__exit__(*exc)
+
+    def __call__(self, name: str, done: int, rows: int) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(escape(name), total=rows)
+        self._progress.update(self._tasks[name], completed=done)
 
 
 class ProgressLine:

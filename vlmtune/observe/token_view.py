@@ -18,6 +18,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from vlmtune.observe.histogram import Histogram
 from vlmtune.observe.page import boxes_as_rectangles, number_text, render_html, write_html
 from vlmtune.types import Box, Kind
 
@@ -115,8 +116,11 @@ def visible(piece: str) -> str:
     )
 
 
-def write_token_view(path: Path, views: Sequence[TokenView]) -> Path:
-    """Write one self-contained page with all views, and return its path. No scripts, no requests, all data escaped."""
+def write_token_view(path: Path, views: Sequence[TokenView], histograms: Sequence[Histogram] = ()) -> Path:
+    """Write one self-contained page with all views, and return its path. No scripts, no requests, all data escaped.
+
+    histograms: lengths of the samples of each source, above the views.
+    """
     samples = []
     for view in views:
         rows = chips(view)
@@ -134,7 +138,7 @@ def write_token_view(path: Path, views: Sequence[TokenView]) -> Path:
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_html(path, render_html("token_view.html.jinja", samples=samples))
+    return write_html(path, render_html("token_view.html.jinja", samples=samples, histograms=histograms))
 
 
 def terminal_table(view: TokenView) -> Table:

@@ -99,7 +99,7 @@ def test_the_encoder_knows_the_canvas_of_every_family(family, tiny_folder):
     """Two images of unequal size: through the processor as in training, tiles and padding included."""
     encoder = Encoder(load_processor(str(tiny_folder(family))), coordinates("norm1000"))
     images = [Image.new("RGB", size) for size in ((300, 200), (90, 170))]
-    first, second = encoder.process_images(images).geometry
+    first, second = encoder.pictures.process(images, None, "test").geometry
     assert (first.width, first.height, second.width, second.height) == (300, 200, 90, 170)
     if family == "llava":  # the only one that crops
         assert first.placed == (-14.0, 0.0, 70.0, 56.0)

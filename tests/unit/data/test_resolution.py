@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor
@@ -11,11 +11,12 @@ from transformers import AutoProcessor
 from vlmtune.data.resolution import (
     MAX_ASPECT,
     ROOM,
+    even_limit,
     largest_aspect,
+    most_pixels,
     padded_to_aspect,
+    pixel_range,
     set_pixel_limits,
-    share_pixels,
-    shrunk_size,
 )
 from vlmtune.models.load import load_processor, save_processor
 from vlmtune.types import VlmtuneError
@@ -119,22 +120,30 @@ def test_limits_a_family_cannot_keep_are_refused(family, limits, complaint, tiny
         set_pixel_limits(loaded(tiny_folder(family)), *limits)
 
 
-@example(243, 243, 1)  # 243 * sqrt(1 / 243**2) rounds to just below 1
-@given(sides, sides, st.integers(1, 10**7))
-def test_a_shrunk_size_is_within_the_limit_and_has_the_shape(width, height, most):
-    across, down = shrunk_size((width, height), most)
-    assert 1 <= across <= width and 1 <= down <= height and across * down <= most
-    if (across, down) != (width, height):
-        scale = math.sqrt(most / (width * height))
-        assert abs(min(across, down) - min(width, height) * scale) <= 1
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=6), st.integers(6, 10**7))
+def test_the_largest_images_give_way_first(pixels, total):
+    limit = even_limit(pixels, total)
+    if limit is None:
+        assert sum(pixels) <= total
+        return
+    assert any(own > limit for own in pixels)
+    assert sum(min(limit, own) for own in pixels) <= total < sum(min(limit + 1, own) for own in pixels)
 
 
-@given(st.lists(st.tuples(sides, sides), min_size=1, max_size=6), st.integers(100, 10**7))
-def test_images_share_the_pixels_of_a_sample(sizes, most):
-    shares = share_pixels(sizes, most)
-    total = sum(width * height for width, height in sizes)
-    if shares is None:
-        assert total <= most
-    else:
-        assert total > most and sum(shares) <= most + len(sizes)
-        assert all(share <= width * height for share, (width, height) in zip(shares, sizes, strict=True))
+@pytest.mark.parametrize("size", [(300, 200), (64, 64), (1000, 10), (2, 3)])
+def test_the_bound_of_pixels_holds(family, size, tiny_folder):
+    processor = loaded(tiny_folder(family))
+    if pixel_range(processor) is None:
+        assert family in ("llava", "gemma3")
+        return
+    lowest, highest = pixel_range(processor)
+    made = processor(images=[Image.new("RGB", size)], return_tensors="pt")
+    bound = most_pixels(processor, size)
+    assert lowest <= bound <= highest
+    if "image_grid_thw" in made:
+        _, down, across = made["image_grid_thw"][0].tolist()
+        unit = processor.patch_size * processor.merge_size
+        assert (down * processor.patch_size - unit) * (across * processor.patch_size - unit) <= bound
+    else:  # tiles, and the whole image once more
+        tiles = made["pixel_values"].flatten(0, -4)
+        assert (len(tiles) - 1) * tiles[0, 0].numel() <= bound

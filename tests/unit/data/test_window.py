@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmtune.data.sentences import sentence_ends
-from vlmtune.data.window import START_PIXELS, Window
+from vlmtune.data.window import Window
 from vlmtune.types import Boxes, ImageRef, Sample, Text, Turn
 
 PIXELS_PER_TOKEN = 10_000
@@ -25,7 +25,7 @@ def measure(sample, pixels=100_000):
             case Text(text):
                 total += len(text.split())
             case ImageRef():
-                total += min(pixels, part.max_pixels or pixels) // PIXELS_PER_TOKEN
+                total += min(pixels, sample.max_pixels or pixels) // PIXELS_PER_TOKEN
             case Boxes(boxes):
                 total += 4 * len(boxes)
     return total
@@ -51,7 +51,7 @@ THREE = chat(
 
 
 def test_what_fits_is_left_alone():
-    assert Window(measure(THREE)).fit(THREE, measure, 1000) == Window(10**6).fit(THREE, measure)
+    assert Window(measure(THREE)).fit(THREE, measure, (1000, 160_000)) == Window(10**6).fit(THREE, measure)
     assert Window(measure(THREE)).fit(THREE, measure).sample is THREE
 
 
@@ -88,11 +88,11 @@ def test_an_image_named_later_by_its_id_stays():
 
 def test_images_shrink_only_as_far_as_needed_and_allowed():
     sample = chat(("u", image("one"), "what"), ("a", "a cat"))
-    for limit, pixels in ((measure(sample) - 1, START_PIXELS >> 10), (measure(sample) - 8, START_PIXELS >> 12)):
-        fitted = Window(limit).fit(sample, measure, 1000)
-        assert fitted.sample.images[0].max_pixels == pixels and measure(fitted.sample) <= limit
+    for limit, pixels in ((measure(sample) - 1, 80_000), (measure(sample) - 8, 20_000)):
+        fitted = Window(limit).fit(sample, measure, (1000, 160_000))
+        assert fitted.sample.max_pixels == pixels and measure(fitted.sample) <= limit
         assert [change.action for change in fitted.changes] == ["images"]
-    assert Window(measure(sample) - 8, 2).fit(sample, measure, 60_000).sample is None
+    assert Window(measure(sample) - 8, 2).fit(sample, measure, (60_000, 160_000)).sample is None
 
 
 def test_the_last_reply_is_cut_after_a_sentence_and_marked():
@@ -136,7 +136,7 @@ def conversations(draw):
 
 @given(conversations(), st.integers(1, 60), st.integers(1, 8))
 def test_what_comes_out_fits_and_is_a_part_of_what_went_in(sample, limit, reserve):
-    fitted = Window(limit, reserve).fit(sample, measure, 20_000)
+    fitted = Window(limit, reserve).fit(sample, measure, (20_000, 160_000))
     assert (measure(sample) <= limit) == (not fitted.changes)
     if fitted.sample is None:
         assert fitted.changes[-1].action == "dropped"
