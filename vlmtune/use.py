@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 
 from vlmtune.adapt.library import merge_adapters
+from vlmtune.adapt.new_rows import merge_new_rows
 from vlmtune.adapt.plan import Plan, apply_plan
 from vlmtune.build import (
     build_encoder,
     build_eval_groups,
     build_source,
+    load_base,
     load_model,
     policies,
     resolve_model,
@@ -27,7 +29,8 @@ from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
-from vlmtune.models.load import load_processor, save_processor
+from vlmtune.models.anatomy import anatomy_of
+from vlmtune.models.load import save_processor
 from vlmtune.outcome import metrics_table
 from vlmtune.types import Box, Boxes, ImageRef, Point, Sample, Text, Turn, VlmtuneError
 
@@ -52,14 +55,13 @@ def load_run(run: Path, checkpoint: str) -> Loaded:
         raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
     config = load_config(str(run / "config.yaml"))
     folder = None if checkpoint == "base" else find_checkpoint(run, checkpoint)
-    model_path = resolve_model(config.model)
-    model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
+    base = load_base(config)
+    encoder = build_encoder(base.path, base.model, config.data.coordinates, config.data.max_length, base.processor)
     plan = None
     if folder is not None:
-        plan = apply_plan(model, policies(config), config.model, config.train.seed)
-        load_weights(folder, model, plan)
-    return Loaded(model.eval(), encoder, config, model_path, plan)
+        plan = apply_plan(base.model, policies(config), config.model, config.train.seed, base.new_tokens)
+        load_weights(folder, base.model, plan)
+    return Loaded(base.model.eval(), encoder, config, base.path, plan)
 
 
 def find_checkpoint(run: Path, name: str) -> Path:
@@ -143,7 +145,8 @@ def _prompt_parts(prompt: str, region: str | None) -> list[Text | Boxes]:
 
 
 def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> dict:
-    """Merge adapters into the base, write a plain model folder, reload it and compare logits with the adapter model.
+    """Merge adapters and new rows into the base, write a plain model folder with its processor, reload it and compare
+    logits with the adapter model. The coordinates that were trained are written into config.json.
 
     Raises VlmtuneError when the folder exists, when a merge changes nothing, or when the reloaded logits differ by more
     than LOGIT_TOLERANCE (relative to the largest logit).
@@ -155,12 +158,15 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
     with torch.inference_mode():
         reference = loaded.model(**batch.inputs, use_cache=False).logits
     merged = merge_adapters(loaded.model)
+    merge_new_rows(loaded.model)
+    if anatomy_of(loaded.model).coordinates != loaded.encoder.coordinates.name:
+        loaded.model.config.coordinates = loaded.encoder.coordinates.name
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         loaded.model.save_pretrained(draft)
-        save_processor(load_processor(loaded.model_path), loaded.model_path, draft)
+        save_processor(loaded.encoder.processor, loaded.model_path, draft)
         again = load_model(str(draft)).eval()
         with torch.inference_mode():
             logits = again(**batch.inputs, use_cache=False).logits
@@ -171,15 +177,15 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
                 f"export: the reloaded model's logits differ from the trained ones by {gap:.2e} "
                 f"(limit {LOGIT_TOLERANCE:g}); nothing was exported."
             )
-        base = load_model(loaded.model_path)
-        before, after = base.state_dict(), again.state_dict()
+        base = load_base(loaded.config)
+        before, after = base.model.state_dict(), again.state_dict()
         changed = sum(not torch.equal(before[name], after[name]) for name in before)
         if changed == 0:
             raise VlmtuneError(
                 "export: every tensor equals the base model's; nothing was trained, nothing was exported."
             )
         proof = {"run": str(run), "checkpoint": checkpoint, "merged_modules": merged, "changed_tensors": changed,
-                 "tensors": len(before), "relative_logit_gap": gap}  # fmt: skip
+                 "tensors": len(before), "new_tokens": len(base.new_tokens), "relative_logit_gap": gap}  # fmt: skip
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
         os.replace(draft, folder)
     finally:

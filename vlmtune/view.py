@@ -15,8 +15,7 @@ from vlmtune.build import (
     build_source,
     build_steps,
     describe_sources,
-    load_model,
-    resolve_model,
+    load_base,
 )
 from vlmtune.config import Config
 from vlmtune.data.encode import Encoder
@@ -29,9 +28,8 @@ POINT_SIZE = 4  # pixels of the model's image: the square drawn around a point
 
 def inspect_sample(config: Config, sample_id: str | None, page: Path, console: Console) -> Path:
     """Print and write the token view of one sample: the same encoder and data order as training."""
-    model_path = resolve_model(config.model)
-    model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config.data.coordinates, config.data.max_length)
+    base = load_base(config)
+    encoder = build_encoder(base.path, base.model, config.data.coordinates, config.data.max_length, base.processor)
     sources = [build_source(source) for source in config.data.train]
     for line in describe_sources(sources, {}):
         console.print(f"data: {line}", highlight=False, markup=False)
