@@ -65,6 +65,22 @@ def write_data(folder: Path, rows: int, images: bool = True) -> Path:
     return path
 
 
+def write_boxes(folder: Path, rows: int) -> Path:
+    """boxes.jsonl: every reply is a box, after the text `<found>`; boxes and words differ from row to row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(rows):
+        (folder / f"{i}.png").write_bytes(png(i))
+        question = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": f"where is the {WORDS[i % 7]}"}]
+        box = [4.0 + i, 6.0, 40.0 + i, 30.0 + i]
+        answer = [{"type": "text", "text": "<found> " + WORDS[i % 7]}, {"type": "box", "boxes": [box]}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"id": f"b{i}", "task": "grounding", "messages": messages}))
+    path = folder / "boxes.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def encoder_of(model_folder: Path, convention: str = "norm1000") -> Encoder:
     return Encoder(load_processor(str(model_folder)), coordinates(convention))
 
