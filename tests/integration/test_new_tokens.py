@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmtune.config import load_config
 from vlmtune.run import train
 from vlmtune.types import VlmtuneError
-from vlmtune.use import evaluate_run, export_run, load_run, predict
+from vlmtune.use import evaluate_run, export_run, load_run
 
-BOX = (8.0, 6.0, 40.0, 30.0)
+BOX = (4.0, 12.0, 30.0, 44.0)
 PLAN = [
     {"match": "vision", "train": "frozen"},
     {"match": "projector", "train": "full"},
@@ -26,6 +26,9 @@ PLAN = [
     {"match": "embed", "train": "new_rows"},
     {"match": "lm_head", "train": "new_rows"},
 ]
+
+
+TIED = ("internvl", "gemma3")
 
 
 @pytest.fixture
@@ -54,39 +57,45 @@ def config_of(write_config, boxes, tiny_folder):
     def write(family: str, steps: int, data: dict | None = None, **sections):
         wish = {"train": [{"path": str(boxes)}], "eval": {"val": [{"path": str(boxes), "limit": 2}]}, "workers": 0}
         tokens = {"coordinates": "bins1000", "add_coordinate_tokens": True, "new_tokens": ["<found>"]}
-        tied = {"internvl", "gemma3"}
-        plan = [rule for rule in PLAN if family not in tied or rule["match"] != "lm_head"]
+        plan = [rule for rule in PLAN if family not in TIED or rule["match"] != "lm_head"]
         defaults = {
             "model": str(tiny_folder(family)),
             "plan": plan,
             "evaluate": {"max_new_tokens": 8},
             "checkpoint": {"every": steps},
+            "optim": {"lr": 1e-2, "warmup": "10%" if steps > 10 else 0},
         }
         return write_config("run", steps, data=wish | tokens | (data or {}), **defaults | sections)
 
     return write
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "gemma3"])
-def test_boxes_are_learned_predicted_and_exported(family, config_of, boxes, quiet, tmp_path):
-    """Train, evaluate, predict, export; the plain folder has the tokens, equal logits, and predicts the same."""
-    config = load_config(str(config_of(family, 60)))
-    summary = train(config, quiet)
-    run = Path(config.run)
-    assert summary["metrics"]["val/grounding"]["mean_iou"]["before"] < 0.5
-    assert evaluate_run(run, "latest", quiet)["val/grounding/mean_iou"] > 0.9
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_boxes_are_learned_predicted_and_exported(family, config_of, boxes, vlmtune, tmp_path):
+    """Train, evaluate, predict, export; the plain folder has the tokens, equal logits, and predicts the same.
+
+    The replies do not end behind the box: a random model's old rows are so small that, frozen, they never win against
+    the new ones. With Qwen3-VL the head trains in full.
+    """
+    path = config_of(family, 100)
+    run = Path(load_config(str(path)).run)
+    code, _, err = vlmtune("train", path, *(["plan.4.train=full"] if family == "qwen3_vl" else []))
+    assert (code, err) == (0, "")
+    scores = json.loads((run / "summary.json").read_text())["metrics"]["val/grounding"]["mean_iou"]
+    assert scores["before"] < 0.5 and scores["after"] > 0.9
     table = {row["part"]: row for row in json.loads((run / "assignment.json").read_text())}
     assert table["embed"]["method"] == "new_rows 1009" and table["embed"]["trainable"] == 1009 * 64
 
-    asked = (boxes.parent / "0.png", "where is the circle")
-    prediction = predict(*asked, str(run), "latest", None, 8)
-    assert re.fullmatch(r"<found>\s*<box>(<loc_\d{3}>){4}</box>", prediction.text)
-    assert prediction.boxes[0] == pytest.approx(BOX, abs=1.0)
+    asked = ("predict", boxes.parent / "0.png", "where is the circle", "--max-new-tokens", 8, "--model")
+    code, predicted, err = vlmtune(*asked, run)
+    assert (code, err) == (0, "") and re.match(r"<found>\s*<box>(<loc_\d{3}>){4}</box>", predicted)
+    seen = re.search(r"box in pixels: (.*)", predicted)[1]
+    assert [float(value) for value in seen.split(", ")] == pytest.approx(BOX, abs=1.0)
+    assert vlmtune("eval", run)[0] == 0
 
-    proof = export_run(run, "latest", tmp_path / "exported", quiet)
-    assert proof["new_tokens"] == 1009
-    again = predict(*asked, str(tmp_path / "exported"), "latest", None, 8)
-    assert (again.text, again.boxes) == (prediction.text, prediction.boxes)
+    assert vlmtune("export", run, tmp_path / "exported")[0] == 0
+    assert json.loads((tmp_path / "exported" / "vlmtune_export.json").read_text())["new_tokens"] == 1009
+    assert vlmtune(*asked, tmp_path / "exported") == (0, predicted, "")
 
     trained = load_run(run, "latest")
     plain, processor = (c.from_pretrained(tmp_path / "exported") for c in (AutoModelForImageTextToText, AutoProcessor))
