@@ -182,3 +182,23 @@ def test_a_checkpoint_of_other_new_tokens_is_refused(model_folder, boxes, tmp_pa
     plan = apply_plan(model, rules_with(ROWS)(model), "base", 0, new)
     with pytest.raises(VlmtuneError, match="its new tokens have other rows than they would get now"):
         load_weights(tmp_path / "latest", model, plan)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_bfloat16_products_and_recomputed_activations(name, model_folder, boxes, tmp_path):
+    """One step under autocast with gradient checkpointing: float32 rows, with the gradient that merged tables have."""
+    gradients = {}
+    for table in (ROWS, Policy("full", lr=1e-2)):
+        setup = make_trainer(
+            model_folder(name), boxes, tmp_path / table.train, rules_with(table), 2, gradient_checkpointing=True,
+            precision="bf16", new_tokens=tokens_for(name), convention="bins1000",
+        )  # fmt: skip
+        setup.trainer.optimizer.zero_grad = lambda: None  # keep what the step computed
+        setup.trainer.train_step(next(iter(setup.trainer.steps(0, 1))))
+        gradients[table.train] = {n: p.grad for n, p in setup.plan.parameters.items()}
+    rows = gradients["new_rows"]["embed.new_rows.weight"]
+    full = gradients["full"]["embed.weight"][setup.plan.new_tokens.rows]
+    assert rows.dtype == torch.float32 and bool(rows.any())
+    # clipped by different norms; bfloat16 has 8 bits
+    cosine = torch.nn.functional.cosine_similarity(rows.flatten(), full.flatten(), dim=0)
+    assert float(cosine) > 0.999
