@@ -138,8 +138,9 @@ def test_a_fresh_process_computes_the_same(name, model_folder, boxes, tmp_path):
     )  # fmt: skip
     setup.trainer.fit()
     expected = logits_of(setup.model, setup.encoder, boxes)
+    here = str(Path(__file__).parent)  # first: another folder has a file of this name
     script = (
-        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        f"import sys; sys.path[:0] = {[here, *sys.path]!r}\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\nfrom test_new_tokens import reload_logits\n"
         "from safetensors.torch import save_file\n"
@@ -147,8 +148,7 @@ def test_a_fresh_process_computes_the_same(name, model_folder, boxes, tmp_path):
         f"Path({str(tmp_path / 'c' / 'latest')!r}))\n"
         f"save_file({{'logits': logits}}, {str(tmp_path / 'logits.safetensors')!r})"
     )
-    here = str(Path(__file__).parent)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=here, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
 
