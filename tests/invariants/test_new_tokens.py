@@ -138,7 +138,7 @@ def test_a_fresh_process_computes_the_same(name, model_folder, boxes, tmp_path):
     )  # fmt: skip
     setup.trainer.fit()
     expected = logits_of(setup.model, setup.encoder, boxes)
-    here = str(Path(__file__).parent)  # first: another folder has a file of this name
+    here = str(Path(__file__).parent)
     script = (
         f"import sys; sys.path[:0] = {[here, *sys.path]!r}\n"
         "import torch; torch.set_num_threads(1)\n"
