@@ -24,6 +24,7 @@ from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import canonical_parameters, part_modules
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.vlm import VLM, set_training_mode
+from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.schedule import cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings, Trainer, TrainingModule
@@ -64,8 +65,31 @@ def write_data(folder: Path, rows: int, images: bool = True) -> Path:
     return path
 
 
+def write_boxes(folder: Path, rows: int) -> Path:
+    """boxes.jsonl: every reply is a box, after the text `<found>`; boxes and words differ from row to row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(rows):
+        (folder / f"{i}.png").write_bytes(png(i))
+        question = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": f"where is the {WORDS[i % 7]}"}]
+        box = [4.0 + i, 6.0, 40.0 + i, 30.0 + i]
+        answer = [{"type": "text", "text": "<found> " + WORDS[i % 7]}, {"type": "box", "boxes": [box]}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"id": f"b{i}", "task": "grounding", "messages": messages}))
+    path = folder / "boxes.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def encoder_of(model_folder: Path, convention: str = "norm1000") -> Encoder:
     return Encoder(load_processor(str(model_folder)), coordinates(convention))
+
+
+def extend(model_folder: Path, texts: Sequence[str], convention: str) -> tuple[nn.Module, Encoder, NewTokens]:
+    """The model of a folder with new tokens, and the encoder that knows them."""
+    model, processor = load_model(str(model_folder)), load_processor(str(model_folder))
+    new = add_tokens(model, processor.tokenizer, texts)
+    return model, Encoder(processor, coordinates(convention)), new
 
 
 def encode_all(encoder: Encoder, data: Path) -> list[Encoded]:
@@ -144,16 +168,17 @@ def make_trainer(
     checkpoint_every: int = 5,
     observers: Sequence = (),
     gradient_checkpointing: bool = False,
+    new_tokens: Sequence[str] = (),
+    convention: str = "norm1000",
     **settings,
 ) -> Setup:
     """A trainer over `data`, 4 samples a step, seeded, float32 on the CPU; `settings` override `Settings` fields."""
     torch.manual_seed(0)
-    model = load_model(str(model_folder))
-    encoder = encoder_of(model_folder)
+    model, encoder, new = extend(model_folder, new_tokens, convention)
     source = FileSource(data)
     mixture = Mixture([source.size], [piecewise(1.0)], total_steps * 4, seed=0)
     steps = Steps([source], mixture, encoder, 4, micro_batch_size)
-    plan = apply_plan(model, rules(model), str(model_folder), seed=0)
+    plan = apply_plan(model, rules(model), str(model_folder), seed=0, new_tokens=new)
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
     wishes = {

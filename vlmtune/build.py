@@ -25,6 +25,7 @@ from vlmtune.data.window import Window
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor
+from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.schedule import Length, cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings
 from vlmtune.types import VlmtuneError
@@ -64,14 +65,59 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def build_encoder(model_path: str, model: torch.nn.Module, wish: Data | None = None) -> Encoder:
+@dataclass(frozen=True)
+class Base:
+    """What a config starts from: the model in a folder (or hub), with the tokens that the config adds to it."""
+
+    path: str
+    model: torch.nn.Module
+    processor: object
+    new_tokens: NewTokens
+
+
+def load_base(config: Config) -> Base:
+    path = resolve_model(config.model)
+    model, processor = load_model(path), load_processor(path)
+    wanted = _wanted_tokens(config.data, model, processor.tokenizer)
+    return Base(path, model, processor, add_tokens(model, processor.tokenizer, wanted))
+
+
+def _wanted_tokens(data: Data, model: torch.nn.Module, tokenizer) -> list[str]:
+    """The tokens of `data.coordinates` that the tokenizer lacks (if they may be added), then `data.new_tokens`."""
+    if not data.add_coordinate_tokens:
+        return data.new_tokens
+    convention = coordinates(_convention(data.coordinates, model))
+    if not convention.tokens():
+        raise VlmtuneError(
+            f"data.add_coordinate_tokens: coordinates {convention.name!r} have no tokens of their own; remove it, or "
+            "set data.coordinates to one that has (bins1000, kosmos2, paligemma)."
+        )
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in convention.tokens() if token not in vocabulary] + data.new_tokens
+
+
+def _convention(wish: str, model: torch.nn.Module) -> str:
+    return anatomy_of(model).coordinates if wish == "auto" else wish
+
+
+def build_encoder(processor, model: torch.nn.Module, wish: Data | None = None) -> Encoder:
     """wish: the data section of the config; None: the model as it is, without a limit of length."""
-    processor = load_processor(model_path)
     if wish is None:
         return Encoder(processor, coordinates(anatomy_of(model).coordinates))
     set_pixel_limits(processor.image_processor, wish.min_pixels, wish.max_pixels)
-    convention = anatomy_of(model).coordinates if wish.coordinates == "auto" else wish.coordinates
-    return Encoder(processor, coordinates(convention), wish.max_length, wish.max_pixels_per_sample)
+    convention = coordinates(_convention(wish.coordinates, model))
+    return Encoder(processor, convention, wish.max_length, wish.max_pixels_per_sample)
+
+
+def describe_new_tokens(base: Base) -> str:
+    """One line: which tokens are new, and the rows they have."""
+    texts, rows = base.new_tokens.texts, base.new_tokens.rows
+    some = " ".join(texts) if len(texts) <= 3 else f"{texts[0]} … {texts[-1]}"
+    size = base.model.get_input_embeddings().num_embeddings
+    return (
+        f"new tokens: {len(texts)} ({some}), rows {rows.start} to {rows.stop - 1} of {size}, each the mean of the rows "
+        "of the tokens that were there"
+    )
 
 
 def build_source(source: Source) -> SampleSource:
@@ -243,6 +289,7 @@ def fingerprint_tree(config: Config) -> dict:
 
 __all__ = [
     "FittedData", "build_encoder", "build_eval_groups", "build_settings", "build_source", "build_steps", "cache_folder",
-    "changes", "count_samples", "describe_sources", "describe_surveys", "fingerprint_tree", "fit_data", "load_model",
+    "changes", "count_samples", "describe_new_tokens", "describe_sources", "describe_surveys", "fingerprint_tree",
+    "fit_data", "load_base", "load_model",
     "policies", "resolve_model", "source_names", "step_loader", "total_steps",
 ]  # fmt: skip

@@ -1,10 +1,10 @@
 """A checkpoint is one folder: what differs from the base, and everything an exact resume needs (SPEC D8).
 
     step_000100/
-      trained.safetensors     fully trained parameters (canonical names) and buffers of trained modules
+      trained.safetensors     fully trained parameters and new rows (canonical names), buffers of trained modules
       adapter/                LoRA in peft's own format (absent without LoRA)
       optimizer.safetensors   AdamW state by parameter name
-      state.json              step, samples seen, RNG, config fingerprint, versions, metrics
+      state.json              step, samples seen, RNG, config fingerprint, new tokens, metrics
 Files are written to a temporary sibling, synced and renamed: a folder with a final name is complete. No pickle.
 """
 
@@ -31,6 +31,7 @@ from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from vlmtune.types import VlmtuneError
 
 FORMAT = 1
+NO_NEW_TOKENS = {"first": 0, "texts": []}  # of checkpoints written before there were any
 
 
 @dataclass
@@ -68,6 +69,7 @@ def save_checkpoint(
         save_adapter(adapter, plan.lora, draft / "adapter")
     save_file(optimizer_tensors(optimizer), draft / "optimizer.safetensors", metadata={"format": "pt"})
     described = {"format": FORMAT, "config": fingerprint, "state": state.__dict__, "rng": rng_state()}
+    described["new_tokens"] = _new_tokens(plan)
     described["files"] = {str(p.relative_to(draft)): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
     described["checksum"] = _checksum(described)
     (draft / "state.json").write_text(json.dumps(described, indent=1))
@@ -114,6 +116,11 @@ def load_weights(folder: Path, model: torch.nn.Module, plan: Plan) -> dict:
     """Put a checkpoint's weights into a model to which its plan was applied; returns state.json."""
     described = read_state(folder)
     _verify(folder, described)
+    if described.get("new_tokens", NO_NEW_TOKENS) != _new_tokens(plan):
+        raise VlmtuneError(
+            f"{folder}: its new tokens have other rows than they would get now; the base model's tokenizer or the list "
+            "of new tokens was changed since. Use the base and the config of that run."
+        )
     load_trained(model, plan, _tensors(folder / "trained.safetensors"), str(folder))
     if (plan.lora is not None) != (folder / "adapter").is_dir():
         raise VlmtuneError(f"{folder}: the plan and the checkpoint disagree about having an adapter.")
@@ -135,6 +142,11 @@ def load_checkpoint(
     load_optimizer_tensors(optimizer, _tensors(folder / "optimizer.safetensors"))
     restore_rng(described["rng"])
     return TrainState(**described["state"])
+
+
+def _new_tokens(plan: Plan) -> dict:
+    """Which token each trained row belongs to: the tokenizer itself lies with the base model."""
+    return {"first": plan.new_tokens.first, "texts": list(plan.new_tokens.texts)}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -88,6 +88,8 @@ class Data(Strict):
     max_pixels: int | None = Field(None, ge=1, description="of one image after its resize (default: the processor's)")
     max_pixels_per_sample: int | None = Field(None, ge=1, description="of all images of a sample together")
     coordinates: str = Field("auto", description="how boxes and points are written: auto, norm1000, pixels, …")
+    new_tokens: list[str] = Field(default_factory=list, description="tokens to add, spelled as in the data")
+    add_coordinate_tokens: bool = Field(False, description="add those tokens of `coordinates` that the model lacks")
     workers: int = Field(1, ge=0, description="processes that decode and encode ahead")
 
     @model_validator(mode="after")
@@ -101,7 +103,7 @@ class Rule(Strict):
     """What happens to the parameters whose canonical name the pattern covers."""
 
     match: str
-    train: Literal["frozen", "full", "lora"]
+    train: Literal["frozen", "full", "lora", "new_rows"]
     lr: float | None = Field(None, gt=0, description="learning rate (default: optim.lr)")
     weight_decay: float | None = Field(None, ge=0, description="(default: optim.weight_decay)")
     rank: int | None = Field(None, ge=1, description="LoRA rank (default 16)")

@@ -29,13 +29,13 @@ from vlmtune.build import (
     build_steps,
     changes,
     count_samples,
+    describe_new_tokens,
     describe_sources,
     describe_surveys,
     fingerprint_tree,
     fit_data,
-    load_model,
+    load_base,
     policies,
-    resolve_model,
     step_loader,
 )
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
@@ -71,13 +71,15 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.train.seed)
 
-    model_path = resolve_model(config.model)
-    model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config.data)
+    base = load_base(config)
+    model = base.model
+    encoder = build_encoder(base.processor, model, config.data)
     sources = [build_source(source) for source in config.data.train]
     groups = build_eval_groups(config)
     for line in describe_sources(sources, groups):
         console.print(f"data: {line}", highlight=False, markup=False)
+    if base.new_tokens:
+        console.print(describe_new_tokens(base), highlight=False, markup=False)
     with CountingBar(console) as bar:
         fitted = fit_data(config, encoder, sources, groups, bar)
     sources, groups = fitted.sources, fitted.groups
@@ -86,7 +88,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     precision = resolve_precision(config.train.precision, device)
     settings = build_settings(config, [source.size for source in sources], precision)
     steps = build_steps(config, sources, encoder, settings.total_steps)
-    plan = apply_plan(model, policies(config), config.model, config.train.seed)
+    plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.to(device)

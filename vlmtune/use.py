@@ -12,12 +12,14 @@ import torch
 from rich.console import Console
 
 from vlmtune.adapt.library import merge_adapters
+from vlmtune.adapt.new_rows import merge_new_rows
 from vlmtune.adapt.plan import Plan, apply_plan
 from vlmtune.build import (
     build_encoder,
     build_eval_groups,
     build_source,
     fit_data,
+    load_base,
     load_model,
     policies,
     resolve_model,
@@ -28,7 +30,8 @@ from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
-from vlmtune.models.load import save_processor
+from vlmtune.models.anatomy import anatomy_of
+from vlmtune.models.load import load_processor, save_processor
 from vlmtune.observe.log import CountingBar
 from vlmtune.outcome import metrics_table
 from vlmtune.types import Box, Boxes, ImageRef, Point, Sample, Text, Turn, VlmtuneError
@@ -54,14 +57,13 @@ def load_run(run: Path, checkpoint: str) -> Loaded:
         raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
     config = load_config(str(run / "config.yaml"))
     folder = None if checkpoint == "base" else find_checkpoint(run, checkpoint)
-    model_path = resolve_model(config.model)
-    model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config.data)
+    base = load_base(config)
+    encoder = build_encoder(base.processor, base.model, config.data)
     plan = None
     if folder is not None:
-        plan = apply_plan(model, policies(config), config.model, config.train.seed)
-        load_weights(folder, model, plan)
-    return Loaded(model.eval(), encoder, config, model_path, plan)
+        plan = apply_plan(base.model, policies(config), config.model, config.train.seed, base.new_tokens)
+        load_weights(folder, base.model, plan)
+    return Loaded(base.model.eval(), encoder, config, base.path, plan)
 
 
 def find_checkpoint(run: Path, name: str) -> Path:
@@ -120,7 +122,7 @@ def predict(
     else:
         path = resolve_model(model)
         network = load_model(path).eval()
-        encoder = build_encoder(path, network)
+        encoder = build_encoder(load_processor(path), network)
     parts = [ImageRef(image), *_prompt_parts(prompt, region)]
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
     text = reply(network, encoder, sample, max_new_tokens)
@@ -147,7 +149,8 @@ def _prompt_parts(prompt: str, region: str | None) -> list[Text | Boxes]:
 
 
 def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> dict:
-    """Merge adapters into the base, write a plain model folder, reload it and compare logits with the adapter model.
+    """Merge adapters and new rows into the base, write a plain model folder with its processor, reload it and compare
+    logits with the adapter model. The coordinates that were trained are written into config.json.
 
     Raises VlmtuneError when the folder exists, when a merge changes nothing, or when the reloaded logits differ by more
     than LOGIT_TOLERANCE (relative to the largest logit).
@@ -159,6 +162,9 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
     with torch.inference_mode():
         reference = loaded.model(**batch.inputs, use_cache=False).logits
     merged = merge_adapters(loaded.model)
+    merge_new_rows(loaded.model)
+    if anatomy_of(loaded.model).coordinates != loaded.encoder.coordinates.name:
+        loaded.model.config.coordinates = loaded.encoder.coordinates.name
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -175,15 +181,15 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
                 f"export: the reloaded model's logits differ from the trained ones by {gap:.2e} "
                 f"(limit {LOGIT_TOLERANCE:g}); nothing was exported."
             )
-        base = load_model(loaded.model_path)
-        before, after = base.state_dict(), again.state_dict()
+        base = load_base(loaded.config)
+        before, after = base.model.state_dict(), again.state_dict()
         changed = sum(not torch.equal(before[name], after[name]) for name in before)
         if changed == 0:
             raise VlmtuneError(
                 "export: every tensor equals the base model's; nothing was trained, nothing was exported."
             )
         proof = {"run": str(run), "checkpoint": checkpoint, "merged_modules": merged, "changed_tensors": changed,
-                 "tensors": len(before), "relative_logit_gap": gap}  # fmt: skip
+                 "tensors": len(before), "new_tokens": len(base.new_tokens), "relative_logit_gap": gap}  # fmt: skip
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
         os.replace(draft, folder)
     finally:

@@ -17,8 +17,7 @@ from vlmtune.build import (
     build_steps,
     describe_sources,
     fit_data,
-    load_model,
-    resolve_model,
+    load_base,
 )
 from vlmtune.config import Config
 from vlmtune.data.encode import Encoder
@@ -40,9 +39,8 @@ POINT_SIZE = 4  # pixels of the model's image: the square drawn around a point
 
 def inspect_sample(config: Config, sample_id: str | None, page: Path, console: Console) -> Path:
     """Print and write the token view of one sample: the same encoder and data order as training."""
-    model_path = resolve_model(config.model)
-    model = load_model(model_path)
-    encoder = build_encoder(model_path, model, config.data)
+    base = load_base(config)
+    encoder = build_encoder(base.processor, base.model, config.data)
     raw = [build_source(source) for source in config.data.train]
     with CountingBar(console) as bar:
         fitted = fit_data(config, encoder, raw, {}, bar)

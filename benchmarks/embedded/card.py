@@ -24,7 +24,7 @@ from vlmtune.data.scenes import TASKS, SceneRecipe
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.metrics import score_task
 from vlmtune.models.embedded import weights_folder
-from vlmtune.models.load import load_model
+from vlmtune.models.load import load_model, load_processor
 from vlmtune.types import Boxes, ImageRef, Sample
 
 PRIOR_SAMPLES = 1000  # training samples per task that the prior is read from
@@ -86,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)
     path = resolve_model("embedded")
     model = load_model(path).eval()
-    encoder = build_encoder(path, model)
+    encoder = build_encoder(load_processor(path), model)
     groups = {
         f"{concepts}{' blind' if blind else ''}": [Scenes(concepts, task, wish.per_task, blind) for task in TASKS]
         for concepts in ("base", "new")

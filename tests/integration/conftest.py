@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from training_setup import write_data
+
+from vlmtune import cli
 
 PLAN = [
     {"match": "vision", "train": "frozen"},
@@ -44,3 +47,22 @@ def write_config(tiny_folder, rows, tmp_path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def vlmtune(monkeypatch, capsys):
+    """`vlmtune("train", path)` -> (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlmtune", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    monkeypatch.setattr(cli.console, "_width", 200)
+    return run

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoModelForImageTextToText
 
-from vlmtune import cli
 from vlmtune.config import recipe_names
 from vlmtune.observe.log import read_history
-
-
-@pytest.fixture
-def vlmtune(monkeypatch, capsys):
-    """`vlmtune("train", path)` -> (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlmtune", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    monkeypatch.setattr(cli.console, "_width", 200)
-    return run
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from vlmtune.adapt.library import LoraTarget, adapter_state, inject_lora
+from vlmtune.adapt.new_rows import NEW_ROWS, split_new_rows
 from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, unreachable_parameters
+from vlmtune.models.vocabulary import NewTokens
 from vlmtune.rules import assign
 from vlmtune.types import VlmtuneError
 
@@ -18,7 +20,7 @@ from vlmtune.types import VlmtuneError
 class Policy:
     """The value of a rule. Defaults are already filled in."""
 
-    train: Literal["frozen", "full", "lora"]
+    train: Literal["frozen", "full", "lora", "new_rows"]
     lr: float = 0.0
     weight_decay: float = 0.0
     rank: int = 16
@@ -31,7 +33,7 @@ class Plan:
     """The outcome of applying rules to a model.
 
     rule_of: canonical name of every trainable parameter -> rule pattern; parameters: the same names -> parameter;
-    rows: the assignment table; lora: the adapter's config, None without one.
+    rows: the assignment table; lora: the adapter's config, None without one; new_tokens: what the base model lacks.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -39,6 +41,7 @@ class Plan:
     policies: dict[str, Policy]
     rows: list[dict]
     lora: LoraConfig | None
+    new_tokens: NewTokens
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """rule pattern -> its trainable parameters, for norms and clipping."""
@@ -64,11 +67,19 @@ class Plan:
         return list(groups.values())
 
 
-def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str, seed: int) -> Plan:
+def apply_plan(
+    model: nn.Module,
+    rules: list[tuple[str, Policy]],
+    base_name: str,
+    seed: int,
+    new_tokens: NewTokens = NewTokens(),  # noqa: B008  frozen
+) -> Plan:
     """Freeze, unfreeze and inject adapters in place, then say what happened.
 
+    new_tokens: what `models.vocabulary.add_tokens` gave the model; their rows must learn somehow.
     Raises VlmtuneError for a parameter without a rule, a rule without a parameter, a plan that trains nothing, LoRA
-    where there is no linear module, and parameters that can never receive a gradient if they are meant to train.
+    where there is no linear module, parameters that can never receive a gradient if they are meant to train, new rows
+    that would stay frozen, and `new_rows` where there are none.
     """
     anatomy = anatomy_of(model)
     names = canonical_parameters(model)
@@ -78,6 +89,7 @@ def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str
         raise VlmtuneError(f"plan: two rules for {twice!r}; the second would never apply, remove one.")
     assignment = assign(rules, names)
     unreachable = unreachable_parameters(model)
+    parts_with_new_rows = _parts_with_new_rows(assignment, new_tokens)
 
     targets: dict[str, LoraTarget] = {}
     for path, module in model.named_modules():
@@ -100,11 +112,14 @@ def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str
             raise VlmtuneError(f"plan: rule {pattern!r} asks for LoRA, but covers no linear module; use train: full.")
 
     lora = inject_lora(model, targets, base_name, seed) if targets else None
+    if parts_with_new_rows:
+        split_new_rows(model, parts_with_new_rows, new_tokens)
     after = canonical_parameters(model)
     rule_of = {name: assignment[_adapted(name)][0] for name in after}
     for name, parameter in after.items():  # after the injection: peft freezes everything but its adapter
-        full = policies[rule_of[name]].train == "full" and name not in unreachable
-        parameter.requires_grad_(full or ".lora_" in name)
+        method = policies[rule_of[name]].train
+        full = method == "full" and name not in unreachable
+        parameter.requires_grad_(full or ".lora_" in name or (method == "new_rows" and _is_new_row(name)))
     for pattern, policy in rules:
         mine = [p for name, p in after.items() if rule_of[name] == pattern]
         if policy.train != "frozen" and not any(p.requires_grad for p in mine):
@@ -116,26 +131,57 @@ def apply_plan(model: nn.Module, rules: list[tuple[str, Policy]], base_name: str
         parameters=trainable,
         rule_of={name: rule_of[name] for name in trainable},
         policies=policies,
-        rows=_rows(after, rule_of, policies, unreachable),
+        rows=_rows(after, rule_of, policies, unreachable, len(new_tokens)),
         lora=lora,
+        new_tokens=new_tokens,
     )
 
 
 def _adapted(name: str) -> str:
-    """The parameter an adapter's tensor belongs to, whose rule it follows; any other name is its own."""
+    """The parameter that an adapter's tensor or new rows belong to, whose rule they follow; else the name itself."""
     module, lora, _ = name.partition(".lora_")
-    return f"{module}.weight" if lora else name
+    return f"{module}.weight" if lora else name.replace(f".{NEW_ROWS}.", ".")
+
+
+def _is_new_row(name: str) -> bool:
+    return f".{NEW_ROWS}." in name
+
+
+def _parts_with_new_rows(assignment: dict[str, tuple[str, Policy]], new_tokens: NewTokens) -> set[str]:
+    """Which of "embed" and "lm_head" train their new rows only. VlmtuneError where that makes no sense."""
+    tables = {f"{part}.weight": part for part in ("embed", "lm_head")}
+    for name, (pattern, policy) in assignment.items():
+        if policy.train == "new_rows" and name.split(".")[0] not in tables.values():
+            raise VlmtuneError(
+                f"plan: rule {pattern!r} says new_rows, but covers {name}; only embed and lm_head have a row per token."
+            )
+        if policy.train == "new_rows" and not new_tokens:
+            raise VlmtuneError(
+                f"plan: rule {pattern!r} says new_rows, but this run adds no token to the model; set data.new_tokens "
+                "or data.add_coordinate_tokens, or say frozen or full."
+            )
+        if policy.train == "frozen" and new_tokens and name in tables:
+            raise VlmtuneError(
+                f"plan: rule {pattern!r} says frozen, but {len(new_tokens)} new tokens have rows in {tables[name]}; "
+                "they would stay the mean of the old rows, all alike. Say train: new_rows (or full)."
+            )
+    return {part for name, part in tables.items() if name in assignment and assignment[name][1].train == "new_rows"}
 
 
 def _rows(
-    names: dict[str, nn.Parameter], rule_of: dict[str, str], policies: dict[str, Policy], unreachable
+    names: dict[str, nn.Parameter],
+    rule_of: dict[str, str],
+    policies: dict[str, Policy],
+    unreachable: set[str],
+    new_tokens: int,
 ) -> list[dict]:
     """One row per (part, rule): the assignment table of the console, assignment.json and the run page."""
     rows: dict[tuple[str, str], dict] = {}
     for name, parameter in names.items():
         part, rule = name.split(".")[0], rule_of[name]
         policy = policies[rule]
-        method = f"lora r{policy.rank} α{policy.alpha:g}" if policy.train == "lora" else policy.train
+        sizes = {"lora": f" r{policy.rank} α{policy.alpha:g}", "new_rows": f" {new_tokens}"}
+        method = policy.train + sizes.get(policy.train, "")
         row = rows.setdefault(
             (part, rule),
             {"part": part, "rule": rule, "method": method, "tensors": 0, "parameters": 0, "trainable": 0,

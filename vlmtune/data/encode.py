@@ -416,8 +416,8 @@ def _require_tokens(tokenizer, coordinates: Coordinates) -> None:
     if missing:
         raise VlmtuneError(
             f"coordinates {coordinates.name!r} need {len(missing)} tokens that the model's tokenizer lacks (first: "
-            f"{missing[0]}); set data.coordinates to one without tokens of its own (norm1000, pixels, markup) or take "
-            "a model that has them."
+            f"{missing[0]}); set data.add_coordinate_tokens: true, or data.coordinates to one without tokens of its "
+            "own (norm1000, pixels, markup)."
         )
 
 
