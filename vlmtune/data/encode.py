@@ -15,11 +15,14 @@ a control token is tokenised as the characters it is.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -65,6 +68,9 @@ class Encoder:
             raise VlmtuneError("The processor has no chat template: add chat_template.jinja to the model folder.")
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        self._own_tokenizer = copy.deepcopy(processor.tokenizer.backend_tokenizer)  # nobody else sets its padding
+        self._own_tokenizer.no_padding()
+        self._own_tokenizer.no_truncation()
         self.coordinates = coordinates
         self.max_length = max_length
         self.pictures = Pictures(processor, max_pixels_per_sample)
@@ -325,11 +331,11 @@ class Encoder:
     def _tokenise_run(self, run: list[Piece], before: str) -> list[tuple[int, Piece]]:
         """(id, piece it came from). before: what stands in front of the run (a control token, a stand-in, nothing)."""
         text = "".join(piece.text for piece in run)
-        ends = np.cumsum([len(piece.text) for piece in run])
+        ends = list(accumulate(len(piece.text) for piece in run))
         result = []
         for begin, stop in self._harmless(text):
             for token, start, end in self._tokens_behind(before if begin == 0 else "\n", text[begin:stop]):
-                owner = int(np.searchsorted(ends, begin + max(end - 1, start), side="right"))
+                owner = bisect_right(ends, begin + max(end - 1, start))
                 result.append((token, run[min(owner, len(run) - 1)]))
         return result
 
@@ -348,11 +354,11 @@ class Encoder:
         return self._tokens(text)
 
     def _tokens(self, text: str) -> list[tuple[int, int, int]]:
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [(token, *span) for token, span in zip(out["input_ids"], out["offset_mapping"], strict=True)]
+        out = self._own_tokenizer.encode(text, add_special_tokens=False)
+        return [(token, *span) for token, span in zip(out.ids, out.offsets, strict=True)]
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._own_tokenizer.encode(text, add_special_tokens=False).ids
 
     def _ids_behind(self, before: str, text: str) -> list[int]:
         return self._ids(before + text)[len(self._ids(before)) :]
