@@ -68,9 +68,14 @@ class Survey:
         if not count:
             return f"no sample exceeds {max_length:,} tokens (longest {longest:,} of {size:,})"
         actions = Counter("dropped" if o.is_dropped else " + ".join(o.actions) for o in self.overlong)
-        names = {"turns": "turns dropped", "images": "images shrunk", "reply": "reply cut", "dropped": "dropped whole"}
+        names = {
+            "turns": "oldest turns dropped",
+            "images": "images shrunk",
+            "reply": "reply cut",
+            "dropped": "dropped whole",
+        }
         outcome = ", ".join(
-            f"{number:,} {' and '.join(names[part] for part in action.split(' + '))}"
+            f"{' and '.join(names[part] for part in action.split(' + '))} ({number:,})"
             for action, number in actions.most_common()
         )
         return f"{count:,} of {size:,} samples exceed {max_length:,} tokens (longest {longest:,}); trimming: {outcome}"

@@ -67,6 +67,30 @@ def test_an_example_loads_as_what_it_says(name, folder):
         assert all(load_image(image.source, sample.origin).size == (8, 4) for image in sample.images)
 
 
+README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+README_FORMATS = {
+    "messages.jsonl": "OpenAI messages, JSONL, 1 rows",
+    "llava.json": "LLaVA / ShareGPT conversations, JSON list, 1 rows",
+    "qwen.json": "Qwen-VL conversations, JSON list, 1 rows",
+    "questions.csv": "questions and answers, CSV, 1 rows",
+    "shard.tar": "captions, WebDataset tar, 1 rows",
+    "table.parquet": "questions and answers, parquet, 1 rows",
+}
+
+
+@pytest.mark.parametrize("name", README_FORMATS)
+def test_an_example_of_the_readme_loads(name, folder):
+    (folder / "caption.txt").write_text("A cat.")
+    language, code = re.search(rf"```(\w+) {re.escape(name)}\n(.*?)```", README, re.DOTALL).groups()
+    if language == "python":
+        exec(compile(code, name, "exec"), {})
+    else:
+        (folder / name).write_text(code, encoding="utf-8")
+    source = FileSource(folder / name)
+    assert source.format == README_FORMATS[name]
+    assert [load_image(image.source, "readme").size for image in source[0].images] == [(8, 4)]
+
+
 def test_boxes_of_the_examples(folder):
     for name in ("train.jsonl", "found.tsv"):
         _, samples = load(folder, name)

@@ -57,7 +57,7 @@ def test_trimming_drops_and_changes_what_the_survey_said(encoder, data):
         (n, ("reply",) if n % 3 == 1 else ("dropped",)) for n in (1, 2, 4, 5, 7, 8)
     ]
     assert "6 of 9 samples exceed" in survey.sentence(window.max_length)
-    assert "3 reply cut, 3 dropped whole" in survey.sentence(window.max_length)
+    assert "reply cut (3), dropped whole (3)" in survey.sentence(window.max_length)
 
     fitted = FittedSource(source, survey, encoder, window, "trim")
     assert [fitted[n].id for n in range(fitted.size)] == ["s0", "s1", "s3", "s4", "s6", "s7"]
