@@ -233,8 +233,12 @@ def build_settings(config: Config, sizes: Sequence[int | None], precision: str) 
     batch = config.train.batch_size
     epoch = None if any(size is None for size in sizes) else sum(sizes)
     warmup = Length.parse(config.optim.warmup).steps(batch, epoch, steps)
+    if Length.parse(config.optim.warmup).unit == "%":
+        warmup = min(warmup, steps - 1)  # a share of one step is no step
     if warmup >= steps:
-        raise VlmtuneError(f"optim.warmup is {warmup} steps, but the run has only {steps}; shorten it.")
+        raise VlmtuneError(
+            f"optim.warmup is {warmup} steps, but the run has only {steps}; shorten it, or write a share such as 3%."
+        )
     every = config.evaluate.every
     return Settings(
         total_steps=steps,
@@ -246,7 +250,7 @@ def build_settings(config: Config, sizes: Sequence[int | None], precision: str) 
         keep=config.checkpoint.keep,
         eval_every=None if every is None else max(1, Length.parse(every).steps(batch, epoch, steps)),
         best=config.checkpoint.best,
-        best_is=config.checkpoint.best_is,
+        best_is=config.checkpoint.best_is or ("lowest" if config.checkpoint.best.startswith("loss") else "highest"),
     )
 
 

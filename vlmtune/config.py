@@ -35,11 +35,12 @@ def _checked(parse: Callable[[Any], Any]) -> AfterValidator:
 
 ScheduleValue = Annotated[float | list[tuple[float, float]], _checked(piecewise)]
 LengthValue = Annotated[str | float, _checked(Length.parse)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 SomeLength = Annotated[str | float, _checked(Length.parse_positive)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 class Source(Strict):
@@ -123,7 +124,7 @@ class Rule(Strict):
 class Optim(Strict):
     lr: float = Field(2e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0, description="never applied to LoRA, norms and biases")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, gt=0, description="global gradient norm")
     warmup: LengthValue = Field("3%", description="length: steps, epochs, samples or %")
@@ -135,8 +136,8 @@ class Train(Strict):
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
     micro_batch_size: int = Field(8, ge=1, description="samples per forward")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
-    seed: int = 0
-    threads: int | None = Field(None, ge=1, description="CPU threads for the model")
+    seed: int = Field(0, ge=0, lt=2**63)
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for the model")
     gradient_checkpointing: bool = False
     log_every: int = Field(10, ge=1)
 
@@ -153,7 +154,16 @@ class Checkpoint(Strict):
     every: SomeLength = Field("500 steps", description="steps, epochs or samples")
     keep: int = Field(2, ge=1, description="newest checkpoints kept (latest is one of them), besides best")
     best: str = Field("loss", description='"loss", or a metric "group/task/metric"')
-    best_is: Literal["lowest", "highest"] = "lowest"
+    best_is: Literal["lowest", "highest"] | None = Field(None, description="default: of a loss lowest, else highest")
+
+    @model_validator(mode="after")
+    def _best_has_a_direction(self) -> Checkpoint:
+        is_loss = self.best == "loss" or self.best.startswith("loss/")
+        if self.best_is is not None and is_loss != (self.best_is == "lowest"):
+            raise ValueError(
+                f"best_is {self.best_is} of {self.best} would keep the worst checkpoint; leave best_is out"
+            )
+        return self
 
 
 class Evaluate(Strict):
@@ -174,6 +184,14 @@ class Config(Strict):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     run: str = Field("runs/run", description="run folder")
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Config:
+        if self.checkpoint.best != "loss" and not (self.data.eval and self.evaluate.every):
+            raise ValueError(
+                f"checkpoint.best {self.checkpoint.best} is never measured; set data.eval and evaluate.every"
+            )
+        return self
 
 
 def recipe_names() -> list[str]:

@@ -129,7 +129,9 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         before_file.unlink(missing_ok=True)
     if groups and not before_file.exists() and checkpoint is None:
         console.print("evaluation before training …")
-        write_text(before_file, json.dumps(evaluation_record(measure(None, config.evaluate.generate))))
+        measured = measure(None, config.evaluate.generate)
+        require_best(config.checkpoint.best, measured.metrics)
+        write_text(before_file, json.dumps(evaluation_record(measured)))
 
     by_source = count_samples(steps.mixture, sources)
     observers = [
@@ -192,6 +194,12 @@ def prepare_folder(folder: Path, fingerprint: str, restart: bool) -> Path | None
             "with --restart."
         )
     return checkpoint
+
+
+def require_best(best: str, metrics: dict[str, float]) -> None:
+    """Refuse a checkpoint.best that no evaluation reports, before a step is trained."""
+    if best not in metrics:
+        raise VlmtuneError(f"checkpoint.best is {best!r}, but evaluation reports {', '.join(sorted(metrics))}.")
 
 
 class PageWriter:

@@ -146,3 +146,17 @@ def test_help_and_unknown_commands(vlmtune):
         name in out for name in ("train", "eval", "predict", "inspect", "export", "schema", "recipes")
     )
     assert vlmtune("fly")[0] == 2
+
+
+def test_a_best_that_nothing_reports_stops_before_the_first_step(config, vlmtune):
+    code, _, err = vlmtune("train", config, "checkpoint.best=val/vqa/iou")
+    assert code == 1 and "checkpoint.best is 'val/vqa/iou', but evaluation reports loss" in err
+    run = Path(yaml.safe_load(config.read_text())["run"])
+    assert read_history(run / "history.jsonl") == [] and not (run / "checkpoints").exists()
+
+
+def test_a_run_of_one_step_needs_no_other_warmup(config, vlmtune):
+    code, _, err = vlmtune("train", config, "train.length=1", "optim.warmup=3%", "evaluate.every=null")
+    assert (code, err) == (0, "")
+    code, _, err = vlmtune("train", config, "train.length=1", "optim.warmup=1", "run=runs/other")
+    assert code == 1 and "optim.warmup is 1 steps, but the run has only 1; shorten it, or write a share" in err

@@ -94,6 +94,17 @@ def test_the_nearest_name_comes_from_the_right_section(place, tree, near):
         ({"checkpoint": {"every": "often"}}, "checkpoint.every: length 'often'"),
         ({"evaluate": {"every": "often"}}, "evaluate.every: length 'often'"),
         ({"optim": {"floor": 2}}, "optim.floor"),
+        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas.1: input should be less than 1"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr: input should be a finite number"),
+        ({"train": {"seed": -1}}, "train.seed: input should be greater than or equal to 0"),
+        ({"train": {"seed": 2**64}}, "train.seed: input should be less than"),
+        ({"train": {"threads": 10**9}}, "train.threads: input should be less than or equal to 1024"),
+        ({"checkpoint": {"best": "v/vqa/exact_match"}}, "is never measured; set data.eval and evaluate.every"),
+        ({"checkpoint": {"best_is": "highest"}}, "best_is highest of loss would keep the worst checkpoint"),
+        (
+            {"checkpoint": {"best": "v/vqa/exact_match", "best_is": "lowest"}},
+            "best_is lowest of v/vqa/exact_match would keep the worst checkpoint",
+        ),
     ],
 )
 def test_values_that_make_no_sense_are_refused(tree, expected):
