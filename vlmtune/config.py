@@ -194,6 +194,35 @@ class Config(Strict):
         return self
 
 
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML's plain loader keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value} stands on line {seen[key.value]} and again on line {line}")
+            seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def differing_keys(tree: Any, other: Any, place: str = "") -> list[str]:
+    """ "train.seed (0 -> 1)" for every leaf in which two dumped configs differ."""
+    if isinstance(tree, dict) and isinstance(other, dict):
+        pairs = [(str(key), tree.get(key), other.get(key)) for key in {**tree, **other}]
+    elif isinstance(tree, list) and isinstance(other, list) and len(tree) == len(other):
+        pairs = [(str(n), *pair) for n, pair in enumerate(zip(tree, other, strict=True))]
+    else:
+        return [] if tree == other else [f"{place} ({_short(tree)} -> {_short(other)})"]
+    return [found for key, *pair in pairs for found in differing_keys(*pair, f"{place}.{key}".lstrip("."))]
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def recipe_names() -> list[str]:
     return sorted(
         p.name.removesuffix(".yaml") for p in resources.files("vlmtune.recipes").iterdir() if p.name.endswith(".yaml")
@@ -220,7 +249,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise VlmtuneError(f"{name!r} is neither a .yaml file nor a recipe ({', '.join(recipe_names())}).{hint}")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_NoDuplicates)  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
         raise VlmtuneError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

@@ -39,7 +39,7 @@ from vlmtune.build import (
     step_loader,
 )
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
-from vlmtune.config import Config, dump_config
+from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.losses.objective import Objective
@@ -53,6 +53,7 @@ from vlmtune.trainer import Trainer
 from vlmtune.types import VlmtuneError
 from vlmtune.view import histograms, token_view
 
+KEYS_NAMED = 4  # of two configs that differ
 FIRST_BATCH_SHOWN = 8  # samples of the first batch in first_batch.html
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pydantic")
 
@@ -65,7 +66,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     """
     folder = Path(config.run)
     fingerprint = config_fingerprint(fingerprint_tree(config))
-    checkpoint = prepare_folder(folder, fingerprint, restart)
+    checkpoint = prepare_folder(config, fingerprint, restart)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,8 +174,9 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     return summary
 
 
-def prepare_folder(folder: Path, fingerprint: str, restart: bool) -> Path | None:
+def prepare_folder(config: Config, fingerprint: str, restart: bool) -> Path | None:
     """Check that the run folder can be used, and change nothing; returns the checkpoint to continue from."""
+    folder = Path(config.run)
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise VlmtuneError(f"run folder {folder} cannot be written ({existing} is not a writable folder); set run=… .")
@@ -190,10 +192,23 @@ def prepare_folder(folder: Path, fingerprint: str, restart: bool) -> Path | None
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is not None and read_state(checkpoint)["config"] != fingerprint:
         raise VlmtuneError(
-            f"{folder} holds a run of another config; give this one another folder (run=…), or delete that run "
-            "with --restart."
+            f"{folder} holds a run of another config{_what_differs(folder, config)}; give this one another folder "
+            "(run=…), or delete that run with --restart."
         )
     return checkpoint
+
+
+def _what_differs(folder: Path, config: Config) -> str:
+    """The keys in which a run's config and this one differ; nothing when the run was written by another version."""
+    try:
+        before = fingerprint_tree(load_config(str(folder / "config.yaml")))
+    except VlmtuneError:
+        return " (of another version of vlmtune: its config.yaml cannot be read)"
+    keys = differing_keys(before, fingerprint_tree(config))
+    more = f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
+    return (
+        f": {', '.join(keys[:KEYS_NAMED])}{more}" if keys else " (no key differs: another version of vlmtune wrote it)"
+    )
 
 
 def require_best(best: str, metrics: dict[str, float]) -> None:

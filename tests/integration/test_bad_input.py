@@ -283,7 +283,9 @@ def test_resuming_with_another_config_is_refused_and_the_run_kept(project, vlmtu
     assert vlmtune("train", project.config)[0] == 0
     before = project.files()
     code, _, err = vlmtune("train", project.config, "optim.lr=1e-3")
-    assert_one_sentence(code, err, f"{project.run} holds a run of another config", "run=", "--restart")
+    assert_one_sentence(
+        code, err, f"{project.run} holds a run of another config: optim.lr (", " -> 0.001)", "run=", "--restart"
+    )
     assert project.files() == before
 
 

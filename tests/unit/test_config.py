@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from vlmtune import cli
-from vlmtune.config import Config, dump_config, load_config, parse_config, recipe_names
+from vlmtune.config import Config, differing_keys, dump_config, load_config, parse_config, recipe_names
 from vlmtune.errors import VlmtuneError
 
 SMALL = {
@@ -210,6 +210,8 @@ def test_a_config_that_is_not_there_is_named(name, expected):
     ("content", "expected"),
     [
         (b"model: [unclosed", "not valid YAML"),
+        (b"model: a\nrun: b\nmodel: c\n", "the key model stands on line 1 and again on line 3"),
+        (b"plan: [{match: a, match: b}]\n", "the key match stands on line 1 and again on line 1"),
         (b"- a\n- b\n", "a config is a mapping with the keys model, data"),
         (b"", "a config is a mapping"),
         (b"model: \xff\xfe\n", "cannot be read"),
@@ -247,3 +249,11 @@ def test_recipes_are_listed(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().out.split() == recipe_names()
+
+
+def test_differing_keys_are_named_with_both_values():
+    before = {"train": {"seed": 0, "length": "3 epochs"}, "plan": [{"lr": 1.0}, {"lr": None}]}
+    after = {"train": {"seed": 1, "length": "3 epochs"}, "plan": [{"lr": 1.0}, {"lr": 2.0}]}
+    assert differing_keys(before, after) == ["train.seed (0 -> 1)", "plan.1.lr (null -> 2.0)"]
+    assert differing_keys(before, before) == []
+    assert differing_keys({"plan": [1]}, {"plan": [1, 2]}) == ["plan ([1] -> [1, 2])"]
