@@ -167,7 +167,10 @@ class CountingBar:
 
 
 class ProgressLine:
-    """loss, lr, tokens/s, data wait, time left. Without a terminal: a plain line every `log_every` steps."""
+    """loss, lr, tokens/s, data wait, time left. Without a terminal: a plain line every `log_every` steps.
+
+    Loss and rates are those that history.jsonl records: since the last such line, the loss weighted by tokens.
+    """
 
     def __init__(self, console: Console, total_steps: int, log_every: int):
         self.console, self.total, self.log_every = console, total_steps, log_every
@@ -181,7 +184,7 @@ class ProgressLine:
             disable=not console.is_terminal,
         )
         self._bar = self._progress.add_task("", total=total_steps)
-        self._loss: float | None = None
+        self._since: list[dict[str, Any]] = []
 
     def __enter__(self) -> ProgressLine:
         self._progress.__enter__()
@@ -191,19 +194,21 @@ class ProgressLine:
         self._progress.__exit__(*exc)
 
     def on_step(self, state, metrics: dict[str, Any]) -> None:
-        loss = float(sum(metrics["losses"].values()))
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._since.append(metrics)
+        record = train_record(state, self._since)
         self._first = self._first or (state.step - 1, time.perf_counter() - metrics["step_seconds"])
         done, since = state.step - self._first[0], time.perf_counter() - self._first[1]
         left = (self.total - state.step) * since / done
         line = (
-            f"loss {self._loss:.4f}  lr {max(metrics['lr'].values()):.2e}  "
-            f"{metrics['tokens'] / metrics['step_seconds']:,.0f} tokens/s  "
-            f"data wait {100 * metrics['data_wait'] / metrics['step_seconds']:.0f}%  left {duration(left)}"
+            f"loss {record['loss']:.4f}  lr {max(metrics['lr'].values()):.2e}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  data wait {100 * record['data_wait']:.0f}%  "
+            f"left {duration(left)}"
         )
         self._progress.update(self._bar, completed=state.step, description=line)
-        if not self.console.is_terminal and (state.step % self.log_every == 0 or state.step == 1):
-            self.console.print(f"step {state.step}/{self.total}  {line}", highlight=False)
+        if state.step % self.log_every == 0 or state.step == 1:
+            self._since = []
+            if not self.console.is_terminal:
+                self.console.print(f"step {state.step}/{self.total}  {line}", highlight=False)
 
     def on_eval(self, state, metrics: dict[str, Any]) -> None:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.startswith("loss/"))

@@ -107,8 +107,10 @@ def test_plain_lines_without_a_terminal():
     line = ProgressLine(Console(file=out, width=200), total_steps=4, log_every=2)
     with line:
         for step in range(1, 5):
-            line.on_step(state(step), metrics((1.0, 10)))
-    assert [text.split("  ")[0] for text in out.getvalue().splitlines()] == ["step 1/4", "step 2/4", "step 4/4"]
+            line.on_step(state(step), metrics((float(step), 10 * step)))
+    lines = [text.split("  ")[:2] for text in out.getvalue().splitlines()]
+    # of steps 3 and 4: (3 * 30 + 4 * 40) / 70
+    assert lines == [["step 1/4", "loss 1.0000"], ["step 2/4", "loss 2.0000"], ["step 4/4", "loss 3.5714"]]
 
 
 @pytest.mark.parametrize(
