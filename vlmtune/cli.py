@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.paths import require_new_file
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +54,8 @@ def evaluate(
     """Loss and task metrics of a checkpoint on the run's held-out groups."""
     from vlmtune.use import evaluate_run
 
+    if output is not None:
+        require_new_file(output, "--output")
     metrics = evaluate_run(run, checkpoint, console)
     if output is not None:
         output.write_text(json.dumps(metrics, indent=1))
@@ -90,6 +93,7 @@ def inspect(
     from vlmtune.config import load_config
     from vlmtune.view import inspect_sample
 
+    require_new_file(html, "--html")
     page = inspect_sample(load_config(config, overrides or []), sample, html, console)
     console.print(f"page: {page}", highlight=False)
 
@@ -108,7 +112,7 @@ def export(
 
 @app.command()
 def scenes(
-    folder: Annotated[Path, typer.Argument(help="where the files go; nothing is done for a split that is there")],
+    folder: Annotated[Path, typer.Argument(help="where the files go; a split that is there already is kept")],
     train_per_task: Annotated[
         int, typer.Option(min=1, help="training samples of each task and new concept group")
     ] = 1000,

@@ -49,6 +49,7 @@ from vlmtune.observe.token_view import write_token_view
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.optim.precision import resolve_precision
 from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
+from vlmtune.paths import require_folder
 from vlmtune.trainer import Trainer
 from vlmtune.types import VlmtuneError
 from vlmtune.view import histograms, token_view
@@ -177,9 +178,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
 def prepare_folder(config: Config, fingerprint: str, restart: bool) -> Path | None:
     """Check that the run folder can be used, and change nothing; returns the checkpoint to continue from."""
     folder = Path(config.run)
-    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise VlmtuneError(f"run folder {folder} cannot be written ({existing} is not a writable folder); set run=… .")
+    require_folder(folder, "run folder", "set run=…")
     # hidden names are drafts of a run that was killed while it wrote its first file
     used = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
     if used and not (folder / "assignment.json").exists():

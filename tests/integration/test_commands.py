@@ -160,3 +160,29 @@ def test_a_run_of_one_step_needs_no_other_warmup(config, vlmtune):
     assert (code, err) == (0, "")
     code, _, err = vlmtune("train", config, "train.length=1", "optim.warmup=1", "run=runs/other")
     assert code == 1 and "optim.warmup is 1 steps, but the run has only 1; shorten it, or write a share" in err
+
+
+def test_scenes_of_other_sizes_are_not_taken_for_those_asked_for(vlmtune, tmp_path):
+    folder = tmp_path / "scenes"
+    assert vlmtune("scenes", folder, "--train-per-task", 2, "--val-per-task", 1)[0] == 0
+    assert vlmtune("scenes", folder, "--train-per-task", 2, "--val-per-task", 1)[0] == 0
+    for other in (("--train-per-task", 4), ("--train-per-task", 2, "--start", 1)):
+        code, _, err = vlmtune("scenes", folder, "--val-per-task", 1, *other)
+        assert code == 1 and "new-train is there already and holds other scenes than the" in err and "remove it" in err
+    (tmp_path / "file").touch()
+    code, _, err = vlmtune("scenes", tmp_path / "file")
+    assert code == 1 and "cannot be written" in err and "choose another one" in err
+
+
+@pytest.mark.parametrize("place", ["nowhere/m.json", ".", "/proc/m.json"])
+def test_eval_asks_whether_it_can_write_before_it_works(run, vlmtune, place, monkeypatch):
+    monkeypatch.setattr("vlmtune.use.evaluate_run", None)  # the work is not begun
+    code, _, err = vlmtune("eval", run, "--output", place)
+    assert code == 1 and err.startswith(f"error: --output {place}") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("place", ["nowhere/page.html", ".", "/proc/page.html"])
+def test_inspect_asks_whether_it_can_write_before_it_works(config, vlmtune, place, monkeypatch):
+    monkeypatch.setattr("vlmtune.view.inspect_sample", None)
+    code, _, err = vlmtune("inspect", config, "--html", place)
+    assert code == 1 and err.startswith(f"error: --html {place}") and "Traceback" not in err

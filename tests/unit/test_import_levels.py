@@ -11,7 +11,7 @@ import vlmtune
 
 PACKAGE = Path(vlmtune.__file__).parent
 LEVELS = (
-    ("errors", "types", "rules", "schedule"),
+    ("errors", "types", "rules", "schedule", "paths"),
     ("data", "models", "losses", "optim"),
     ("adapt", "evaluate"),
     ("checks",),
@@ -21,7 +21,7 @@ LEVELS = (
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 MAY_MEET = {  # siblings that DESIGN.md allows to import each other
-    0: {("types", "errors"), ("rules", "errors"), ("schedule", "errors")},
+    0: {("types", "errors"), ("rules", "errors"), ("schedule", "errors"), ("paths", "errors")},
     4: {("trainer", "checkpoint")},
     5: {
         *((part, other) for part in ("run", "use", "view") for other in ("build", "config")),

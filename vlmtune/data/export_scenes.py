@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vlmtune.data.atlas import Split
 from vlmtune.data.scenes import CHAT_TASKS, TASKS, SceneRecipe
+from vlmtune.paths import require_folder
 from vlmtune.types import Boxes, ImageRef, Part, Sample, Text, VlmtuneError
 
 DEMO_TURNS = 3  # questions about each training scene; held-out scenes have one
@@ -55,18 +56,36 @@ def write_demo(folder: Path, train_per_task: int, val_per_task: int, start: int 
     """The four splits of the demo, each (JSON Lines file, rows): new and old concepts, train and val.
 
     The old concepts' training split is replay, half as large. Training conversations ask up to DEMO_TURNS questions.
-    A split that exists is left as it is.
+    A split that exists as it would be written is left as it is. VlmtuneError: `folder` cannot be written, or holds a
+    split of other scenes.
     """
+    require_folder(folder, "folder", "choose another one for the scenes")
     for group, concepts in (("new", "new"), ("old", "base")):
         for split, per_task, turns in (
             ("train", train_per_task if group == "new" else -(-train_per_task // 2), DEMO_TURNS),
             ("val", val_per_task, 1),
         ):
             target = Path(folder) / f"{group}-{split}"
-            path = target / f"{split}.jsonl"
-            if not target.exists():
-                path = write_split(SceneRecipe(concepts), TASKS, split, per_task, target, start, turns)
-            yield path, sum(1 for _ in path.open(encoding="utf-8"))
+            if target.exists():
+                _require_split(target / f"{split}.jsonl", [f"{concepts}/{split}/{t}" for t in TASKS], per_task, start)
+            else:
+                write_split(SceneRecipe(concepts), TASKS, split, per_task, target, start, turns)
+            yield target / f"{split}.jsonl", per_task * len(TASKS)
+
+
+def _require_split(path: Path, prefixes: Sequence[str], per_task: int, start: int) -> None:
+    """Raise VlmtuneError unless the file holds the samples `start` … of every task, by their ids."""
+    wanted = [f"{prefix}/{index}" for prefix in prefixes for index in range(start, start + per_task)]
+    try:
+        with path.open(encoding="utf-8") as lines:
+            found = [json.loads(line)["id"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found != wanted:
+        raise VlmtuneError(
+            f"{path.parent} is there already and holds other scenes than the {per_task} of each task from number "
+            f"{start} on; remove it, or choose another folder."
+        )
 
 
 def _row(sample: Sample, folder: Path) -> dict:
