@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from vlmtune.adapt.plan import Policy
-from vlmtune.config import Config, Data, Rule, Source
+from vlmtune.config import INHERIT, Config, Data, Rule, Source
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
 from vlmtune.data.loader import Steps, load_steps
 from vlmtune.data.mixture import Mixture
+from vlmtune.data.prompts import length_remark, system_prompt
 from vlmtune.data.resolution import set_pixel_limits
-from vlmtune.data.sources import FileSource, SampleSource, SceneSource
+from vlmtune.data.sources import FileSource, PromptedSource, SampleSource, SceneSource
 from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_overlong, survey_source
 from vlmtune.data.window import Window
 from vlmtune.models.anatomy import anatomy_of
@@ -120,7 +121,14 @@ def describe_new_tokens(base: Base) -> str:
     )
 
 
-def build_source(source: Source) -> SampleSource:
+def build_source(source: Source, wish: Data) -> SampleSource:
+    """wish: the data section that the source stands in."""
+    plain = _build_plain(source)
+    prompt = wish.system if source.system == INHERIT else source.system
+    return plain if prompt is None else PromptedSource(plain, system_prompt(prompt))
+
+
+def _build_plain(source: Source) -> SampleSource:
     if source.scenes is not None:
         return SceneSource(source.scenes, source.task, source.split, source.limit, source.turns, source.start)
     root = Path(source.image_root) if source.image_root else None
@@ -146,6 +154,20 @@ def describe_sources(sources: Sequence[SampleSource], groups: dict[str, list[Sam
     return lines
 
 
+def remarks_on_prompts(config: Config, encoder: Encoder) -> list[str]:
+    """One line for every system prompt of an unusual length. Raises VlmtuneError where the model takes none."""
+    sources = [*config.data.train, *(source for group in config.data.eval.values() for source in group)]
+    wishes = {config.data.system if source.system == INHERIT else source.system for source in sources} - {None}
+    if wishes and not encoder.takes_system:
+        raise VlmtuneError(
+            "data.system: the model's chat template has no system role; remove it, or write the rules into the "
+            "questions."
+        )
+    prompts = [system_prompt(wish) for wish in sorted(wishes)]
+    remarks = [length_remark(prompt, encoder.text_length(prompt.text)) for prompt in prompts]
+    return [remark for remark in remarks if remark]
+
+
 def count_samples(mixture: Mixture, sources: Sequence[SampleSource]) -> Callable[[int], dict[str, int]]:
     """samples of the run so far -> source name -> how many of them came from it. A pure function, so resumes agree."""
     names = source_names(sources)
@@ -153,7 +175,8 @@ def count_samples(mixture: Mixture, sources: Sequence[SampleSource]) -> Callable
 
 
 def build_eval_groups(config: Config) -> dict[str, list[SampleSource]]:
-    groups = {name: [build_source(source) for source in sources] for name, sources in config.data.eval.items()}
+    wish = config.data
+    groups = {name: [build_source(source, wish) for source in sources] for name, sources in wish.eval.items()}
     for name, sources in groups.items():
         for source in sources:
             if source.size is None:
@@ -295,5 +318,5 @@ __all__ = [
     "FittedData", "build_encoder", "build_eval_groups", "build_settings", "build_source", "build_steps", "cache_folder",
     "changes", "count_samples", "describe_new_tokens", "describe_sources", "describe_surveys", "fingerprint_tree",
     "fit_data", "load_base", "load_model",
-    "policies", "resolve_model", "source_names", "step_loader", "total_steps",
+    "policies", "remarks_on_prompts", "resolve_model", "source_names", "step_loader", "total_steps",
 ]  # fmt: skip

@@ -71,11 +71,14 @@ def predict(
         str | None, typer.Option(help="x1,y1,x2,y2 in pixels: what [region] in the prompt refers to")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    system: Annotated[
+        str | None, typer.Option(help="system prompt: a name, file:path or a text (default: the run's)")
+    ] = None,
 ) -> None:
     """The reply to one question about one image, with boxes and points read back to pixels."""
     from vlmtune.use import predict as run
 
-    prediction = run(image, prompt, model, checkpoint, region, max_new_tokens)
+    prediction = run(image, prompt, model, checkpoint, region, max_new_tokens, system)
     console.print(prediction.text, markup=False, highlight=False)
     for what, places in (("box", prediction.boxes), ("point", prediction.points), ("click", prediction.clicks)):
         for place in places:
@@ -144,6 +147,25 @@ def schema() -> None:
     from vlmtune.config import Config
 
     print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def prompts(
+    model: Annotated[str | None, typer.Option(help="model folder or hub name: count tokens with its tokenizer")] = None,
+) -> None:
+    """The named system prompts, for data.system and predict --system."""
+    from vlmtune.data.prompts import PROMPTS
+
+    lengths = {}
+    if model is not None:
+        from vlmtune.build import resolve_model
+        from vlmtune.models.load import load_processor
+
+        tokenizer = load_processor(resolve_model(model)).tokenizer
+        lengths = {name: len(tokenizer(text, add_special_tokens=False)["input_ids"]) for name, text in PROMPTS.items()}
+    for name, text in PROMPTS.items():
+        size = f"{lengths[name]} tokens" if lengths else f"{len(text.split())} words"
+        console.print(f"{name} ({size})\n{text}\n", highlight=False, markup=False)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vlmtune.data.prompts import system_prompt
 from vlmtune.errors import VlmtuneError
 from vlmtune.schedule import Length, piecewise
 
@@ -35,6 +36,8 @@ def _checked(parse: Callable[[Any], Any]) -> AfterValidator:
 
 ScheduleValue = Annotated[float | list[tuple[float, float]], _checked(piecewise)]
 LengthValue = Annotated[str | float, _checked(Length.parse)]
+INHERIT = "default"
+SystemValue = Annotated[str, _checked(lambda wish: None if wish == INHERIT else system_prompt(wish))]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SomeLength = Annotated[str | float, _checked(Length.parse_positive)]
 
@@ -58,6 +61,9 @@ class Source(Strict):
     limit: int | None = Field(None, ge=1, description="use only the first N rows (of scenes: draw only N)")
     split: str = Field("train", description="of a folder or hub data set; of scenes: train or val (not for one file)")
     turns: int = Field(1, ge=1, description="questions about one scene, at most (training vqa, grounding, referring)")
+    system: SystemValue | None = Field(
+        INHERIT, description='system prompt: a name, file:path, a text, null, or "default" (data.system)'
+    )
     start: int = Field(0, ge=0, description="index of the first scene (not for files)")
 
     @model_validator(mode="after")
@@ -81,6 +87,9 @@ class Data(Strict):
     train: list[Source] = Field(min_length=1)
     eval: dict[str, list[Source]] = Field(default_factory=dict, description="held-out groups by name")
     max_length: int | None = Field(2048, ge=8, description="tokens per sample, images included")
+    system: SystemValue | None = Field(
+        None, description="system prompt of conversations without one: a name (vlmtune prompts), file:path, or a text"
+    )
     on_overlong: Literal["error", "trim", "drop"] = Field(
         "error", description="samples above max_length: stop before training, trim (oldest turns first), or leave out"
     )
@@ -95,6 +104,8 @@ class Data(Strict):
 
     @model_validator(mode="after")
     def _window_has_a_size(self) -> Data:
+        if self.system == INHERIT:
+            raise ValueError(f"system: {INHERIT} means data.system, and this is it; write a name, file:path or a text")
         if self.max_length is None and self.on_overlong != "error":
             raise ValueError(f"on_overlong: {self.on_overlong} needs a max_length")
         return self

@@ -36,6 +36,7 @@ from vlmtune.build import (
     fit_data,
     load_base,
     policies,
+    remarks_on_prompts,
     step_loader,
 )
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
@@ -76,10 +77,12 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     base = load_base(config)
     model = base.model
     encoder = build_encoder(base.processor, model, config.data)
-    sources = [build_source(source) for source in config.data.train]
+    sources = [build_source(source, config.data) for source in config.data.train]
     groups = build_eval_groups(config)
     for line in describe_sources(sources, groups):
         console.print(f"data: {line}", highlight=False, markup=False)
+    for line in remarks_on_prompts(config, encoder):
+        console.print(f"note: {line}", highlight=False, markup=False)
     if base.new_tokens:
         console.print(describe_new_tokens(base), highlight=False, markup=False)
     with CountingBar(console) as bar:

@@ -28,6 +28,8 @@ from vlmtune.checkpoint import checkpoints, load_weights
 from vlmtune.config import Config, load_config
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
+from vlmtune.data.prompts import system_prompt
+from vlmtune.data.sources import with_system
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
 from vlmtune.models.anatomy import anatomy_of
@@ -111,20 +113,32 @@ class Prediction:
 
 
 def predict(
-    image: Path, prompt: str, model: str, checkpoint: str, region: str | None, max_new_tokens: int
+    image: Path,
+    prompt: str,
+    model: str,
+    checkpoint: str,
+    region: str | None,
+    max_new_tokens: int,
+    system: str | None = None,
 ) -> Prediction:
-    """The reply and what it points at. `[region]` in the prompt stands for `region` "x1,y1,x2,y2"."""
+    """The reply and what it points at. `[region]` in the prompt stands for `region` "x1,y1,x2,y2".
+
+    system: a system prompt as in a config; None: that of the run, if `model` is one.
+    """
     if not image.is_file():
         raise VlmtuneError(f"image {image} does not exist.")
     if Path(model, "config.yaml").is_file():
         loaded = load_run(Path(model), checkpoint)
         network, encoder = loaded.model, loaded.encoder
+        system = loaded.config.data.system if system is None else system
     else:
         path = resolve_model(model)
         network = load_model(path).eval()
         encoder = build_encoder(load_processor(path), network)
     parts = [ImageRef(image), *_prompt_parts(prompt, region)]
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
+    if system is not None:
+        sample = with_system(sample, system_prompt(system))
     text = reply(network, encoder, sample, max_new_tokens)
     geometry = encoder.encode_prompt(sample).geometry[0]
     points, clicks = (encoder.coordinates.parse_points(text, geometry, click) for click in (False, True))
@@ -189,7 +203,8 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
                 "export: every tensor equals the base model's; nothing was trained, nothing was exported."
             )
         proof = {"run": str(run), "checkpoint": checkpoint, "merged_modules": merged, "changed_tensors": changed,
-                 "tensors": len(before), "new_tokens": len(base.new_tokens), "relative_logit_gap": gap}  # fmt: skip
+                 "tensors": len(before), "new_tokens": len(base.new_tokens), "relative_logit_gap": gap,
+                 "system": _system_text(loaded.config)}  # fmt: skip
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
         os.replace(draft, folder)
     finally:
@@ -202,9 +217,14 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
     return proof
 
 
+def _system_text(config: Config) -> str | None:
+    """The system prompt that the exported model is used with; the model folder itself has no place for one."""
+    return None if config.data.system is None else system_prompt(config.data.system).text
+
+
 def _probe_batch(loaded: Loaded):
     """A few training samples of the run, to compare logits on."""
-    source = build_source(loaded.config.data.train[0])
+    source = build_source(loaded.config.data.train[0], loaded.config.data)
     source = fit_data(loaded.config, loaded.encoder, [source], {}).sources[0]
     samples = [source[i] for i in range(min(4, source.size or 4))]
     return collate([loaded.encoder.encode(sample) for sample in samples], loaded.encoder.pad_token_id)

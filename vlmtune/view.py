@@ -41,7 +41,7 @@ def inspect_sample(config: Config, sample_id: str | None, page: Path, console: C
     """Print and write the token view of one sample: the same encoder and data order as training."""
     base = load_base(config)
     encoder = build_encoder(base.processor, base.model, config.data)
-    raw = [build_source(source) for source in config.data.train]
+    raw = [build_source(source, config.data) for source in config.data.train]
     with CountingBar(console) as bar:
         fitted = fit_data(config, encoder, raw, {}, bar)
     sources = fitted.sources

@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 from vlmtune.config import recipe_names
+from vlmtune.data.prompts import PROMPTS
 from vlmtune.observe.log import read_history
 
 
@@ -186,3 +187,20 @@ def test_inspect_asks_whether_it_can_write_before_it_works(config, vlmtune, plac
     monkeypatch.setattr("vlmtune.view.inspect_sample", None)
     code, _, err = vlmtune("inspect", config, "--html", place)
     assert code == 1 and err.startswith(f"error: --html {place}") and "Traceback" not in err
+
+
+def test_a_system_prompt_is_trained_with_and_predicted_with(config, vlmtune, tmp_path, monkeypatch):
+    code, out, err = vlmtune("train", config, "data.system=vqa", "data.max_length=null", "evaluate.every=null")
+    assert (code, err) == (0, "") and "system prompt vqa" in out and "note: system prompt vqa has" in out
+    run = Path(yaml.safe_load(config.read_text())["run"])
+    assert vlmtune("export", run, tmp_path / "out")[0] == 0
+    assert json.loads((tmp_path / "out" / "vlmtune_export.json").read_text())["system"] == PROMPTS["vqa"]
+    asked = []
+    monkeypatch.setattr("vlmtune.use.reply", lambda model, encoder, sample, n: asked.append(sample.turns[0]) or "")
+    image = next(Path(yaml.safe_load(config.read_text())["data"]["train"][0]["path"]).parent.glob("*.png"))
+    assert vlmtune("predict", image, "what?", "--model", run)[0] == 0
+    assert vlmtune("predict", image, "what?", "--model", run, "--system", "Be brief.")[0] == 0
+    assert vlmtune("predict", image, "what?", "--model", tmp_path / "out")[0] == 0
+    assert [turn.parts[-1].text for turn in asked] == [PROMPTS["vqa"], "Be brief.", "what?"]
+    code, out, _ = vlmtune("prompts", "--model", tmp_path / "out")
+    assert code == 0 and "vqa (" in out and PROMPTS["ocr"][:60] in out

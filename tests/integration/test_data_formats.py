@@ -60,7 +60,7 @@ def test_every_kind_of_file_trains_and_is_counted(sources, write_config, tmp_pat
         "p.parquet: questions and answers, parquet, 2 rows",
     ]
     mixture = Mixture([2, 2, 3, 2], [piecewise(s["weight"]) for s in sources], 24, config.train.seed)
-    names = source_names([build_source(source) for source in config.data.train])
+    names = source_names([build_source(source, config.data) for source in config.data.train])
     drawn = [mixture[k][0] for k in range(24)]
     for record in read_history(tmp_path / "run" / "history.jsonl"):
         assert record["sources"] == {n: drawn[: record["samples"]].count(i) for i, n in enumerate(names)}
@@ -81,7 +81,7 @@ def test_indexes_lie_in_the_cache_folder(sources, write_config, tmp_path, monkey
     monkeypatch.setenv("VLMTUNE_CACHE", str(tmp_path / "cache"))
     config = load_config(str(write_config("run", 2, data={"train": sources, "workers": 0})))
     for source in config.data.train:
-        build_source(source)
+        build_source(source, config.data)
     assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 3  # parquet brings its own
 
 
@@ -95,5 +95,6 @@ def test_the_split_of_a_source_reaches_its_reader(tmp_path, write_config):
         (tmp_path / f"{split}-0.csv").rename(folder / f"{split}-0.csv")
         tree["data"]["train"] = [{"path": str(folder), "split": split}]
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
-        source = build_source(load_config(str(tmp_path / "c.yaml")).data.train[0])
+        data = load_config(str(tmp_path / "c.yaml")).data
+        source = build_source(data.train[0], data)
         assert source[0].turns[1].parts[0].text == reply

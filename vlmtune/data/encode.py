@@ -132,6 +132,19 @@ class Encoder:
             turns.pop()
         return self._encode(sample, tuple(turns), add_generation_prompt=True)
 
+    @property
+    def takes_system(self) -> bool:
+        """Whether the chat template has a place for a system turn."""
+        turns = tuple(Turn(role, (Text("a"),)) for role in ROLES)
+        try:
+            return bool((self.encode(Sample("probe", turns)).turn == 0).any())
+        except VlmtuneError:
+            return False
+
+    def text_length(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self._ids(text))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a generated reply: up to the end-of-turn token, coordinates kept."""
         ids = [int(i) for i in ids]

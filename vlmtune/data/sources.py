@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from vlmtune.data.files import open_reader
+from vlmtune.data.prompts import SystemPrompt
 from vlmtune.data.rows import format_of, parse_row
 from vlmtune.data.scenes import SceneRecipe
-from vlmtune.types import Sample
+from vlmtune.types import Sample, Text, Turn
 
 
 class SampleSource(Protocol):
@@ -51,6 +53,32 @@ class SceneSource:
 
     def __getitem__(self, index: int) -> Sample:
         return self._recipe.sample(self._task, self._start + index, self._split, self._turns)
+
+
+class PromptedSource:
+    """A source whose conversations begin with a system prompt, unless they have a system turn of their own."""
+
+    def __init__(self, source: SampleSource, prompt: SystemPrompt):
+        self._source, self._prompt = source, prompt
+        self.name, self.size = source.name, source.size
+
+    @property
+    def identity(self) -> str | None:
+        return None if self._source.identity is None else f"{self._source.identity} {self._prompt.text}"
+
+    @property
+    def format(self) -> str:
+        return f"{self._source.format}, system prompt {self._prompt.name}"
+
+    def __getitem__(self, index: int) -> Sample:
+        return with_system(self._source[index], self._prompt)
+
+
+def with_system(sample: Sample, prompt: SystemPrompt) -> Sample:
+    """The sample with this system turn, unless it begins with one of its own."""
+    if sample.turns[0].role == "system":
+        return sample
+    return replace(sample, turns=(Turn("system", (Text(prompt.text),)), *sample.turns))
 
 
 class FileSource:
