@@ -49,10 +49,24 @@ class Text:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is not decoded yet: a file, or the encoded bytes of one."""
+    """An image that is not decoded yet: a file, or the encoded bytes of one.
+
+    id: the name under which the conversation refers to it; it is written before the image (SPEC A5).
+    """
 
     source: Path | bytes
     id: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageName:
+    """A reference, in text, to the image with this id; it is written as the name before that image is."""
+
+    id: str
+
+    @property
+    def text(self) -> str:
+        return f'<image id="{self.id}">'
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Points:
     image: int = 0
 
 
-Part = Text | ImageRef | Boxes | Points
+Part = Text | ImageRef | ImageName | Boxes | Points
 
 
 def _is_empty(part: Part) -> bool:
@@ -88,7 +102,7 @@ def _is_empty(part: Part) -> bool:
             return not text.strip()
         case Boxes(places) | Points(places):
             return not places
-        case ImageRef():
+        case ImageRef() | ImageName():
             return False
 
 

@@ -30,7 +30,7 @@ import torch
 from vlmtune import __version__
 from vlmtune.data.coordinates import Coordinates
 from vlmtune.data.pictures import Pictures, ProcessedImages
-from vlmtune.types import Boxes, Encoded, ImageRef, Kind, Points, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import Boxes, Encoded, ImageName, ImageRef, Kind, Points, Sample, Text, Turn, VlmtuneError
 
 # Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -202,15 +202,22 @@ class Encoder:
         parts: list[Piece] = []
         messages = []
         for index, turn in enumerate(turns):
-            content = []
+            entries: list[list[int] | None] = []  # numbers of the pieces of one text; None: an image
+            inline = False
             for part in turn.parts:
+                if not isinstance(part, ImageRef) or part.id is not None:
+                    # a place or a name inside a text is no text of its own to the template, which may trim each one
+                    if entries and entries[-1] is not None and (inline or not isinstance(part, Text)):
+                        entries[-1].append(len(parts))
+                    else:
+                        entries.append([len(parts)])
+                    inline = not isinstance(part, Text)
+                    parts.append(self._part_piece(sample, turn, index, part, images))
                 if isinstance(part, ImageRef):
-                    content.append({"type": "image"})
-                    continue
-                piece = self._part_piece(sample, turn, index, part, images)
-                content.append({"type": "text", "text": f"{OPEN}{len(parts)}{CLOSE}{piece.text}{OPEN}{CLOSE}"})
-                parts.append(piece)
-            messages.append({"role": turn.role, "content": _strip_ends(content, parts, self._trims[turn.role])})
+                    entries.append(None)
+            if self._trims[turn.role]:
+                _strip_ends(entries, parts)
+            messages.append({"role": turn.role, "content": _content(entries, parts)})
         rendered = self._render(messages, prompt, sample)
         self._check_rewrite(rendered, messages, prompt, sample)
         return self._cut(rendered, parts, images, sample, turns)
@@ -218,7 +225,9 @@ class Encoder:
     def _part_piece(self, sample: Sample, turn: Turn, index: int, part, images: ProcessedImages) -> Piece:
         reply = turn.role == "assistant"
         plain = Kind.INSTRUCTION if not reply else Kind.RESPONSE if turn.train else Kind.UNTRAINED
-        if isinstance(part, Text):
+        if isinstance(part, ImageRef):
+            part = ImageName(part.id)
+        if isinstance(part, (Text, ImageName)):
             if OPEN in part.text or CLOSE in part.text:
                 raise VlmtuneError(f"{_where(sample)}: text holds U+FDD0 or U+FDD1, reserved by Unicode; remove them.")
             return Piece(part.text, plain, index)
@@ -457,20 +466,24 @@ def _automatic_prefix(tokenizer) -> list[int]:
     return full[: len(full) - len(bare)] if full[len(full) - len(bare) :] == bare else []
 
 
-def _strip_ends(content: list[dict], parts: list[Piece], trims: bool) -> list[dict]:
+def _strip_ends(entries: list[list[int] | None], parts: list[Piece]) -> None:
     """Where the template trims each text, trim it ourselves, outside the sentinels."""
-    if not trims:
-        return content
-    out = []
-    for entry in content:
-        if entry["type"] == "text":
-            match = SENTINEL.match(entry["text"])
-            index = int(match.group(1))
-            piece = parts[index]
-            parts[index] = replace(piece, text=piece.text.strip())
-            entry = entry | {"text": f"{OPEN}{index}{CLOSE}{parts[index].text}{OPEN}{CLOSE}"}
-        out.append(entry)
-    return out
+    for entry in entries:
+        for order, strip in ((entry or [], str.lstrip), (reversed(entry or []), str.rstrip)):
+            for number in order:
+                parts[number] = replace(parts[number], text=strip(parts[number].text))
+                if parts[number].text:
+                    break
+
+
+def _content(entries: list[list[int] | None], parts: list[Piece]) -> list[dict]:
+    """The content of a message as chat templates take it, every piece between sentinels."""
+    return [
+        {"type": "image"}
+        if entry is None
+        else {"type": "text", "text": "".join(f"{OPEN}{n}{CLOSE}{parts[n].text}{OPEN}{CLOSE}" for n in entry)}
+        for entry in entries
+    ]
 
 
 def _split_placeholders(text: str, placeholder: str) -> list[tuple[str, bool]]:

@@ -92,17 +92,17 @@ def _row(sample: Sample, folder: Path) -> dict:
     """The sample as one line of JSON; its images are written into `folder`."""
     messages = []
     for turn in sample.turns:
-        messages.append({"role": turn.role, "content": [_part(part, folder) for part in turn.parts]})
+        messages.append({"role": turn.role, "content": [_part(part, sample.id, folder) for part in turn.parts]})
     return {"id": sample.id, "task": sample.task, "messages": messages, "meta": sample.meta}
 
 
-def _part(part: Part, folder: Path) -> dict:
+def _part(part: Part, id: str, folder: Path) -> dict:
     match part:
         case Text(text):
             return {"type": "text", "text": text}
         case Boxes(boxes, region):
             return {"type": "box", "boxes": [list(box) for box in boxes]} | ({"region": True} if region else {})
-        case ImageRef(bytes() as png, str() as id):
+        case ImageRef(bytes() as png):
             path = f"images/{id.replace('/', '-')}.png"
             (folder / path).write_bytes(png)
             return {"type": "image", "image": path}

@@ -18,11 +18,12 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from vlmtune.data.strict_json import excerpt, loads
-from vlmtune.types import Boxes, ImageRef, Part, Points, Role, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import Boxes, ImageName, ImageRef, Part, Points, Role, Sample, Text, Turn, VlmtuneError
 
 ROLE_NAMES: dict[str, Role] = {
     "human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system",
 }  # fmt: skip
+IMAGE_ID = re.compile(r"[\w.-]{1,64}")
 LONGEST_PATH = 4096  # bytes a Linux kernel takes; longer "paths" are image bytes somebody pasted
 LARGEST = 1e9  # pixels; no picture is so wide
 PLACEHOLDER = "<image>"  # where the row's images go: markup by definition of the formats with an image field, else text
@@ -257,6 +258,7 @@ def resolve_image(name: str, place: str, roots: Sequence[Path]) -> Path | bytes:
 
 def _openai_turns(row: dict, where: str, images: RowImages) -> list[Turn]:
     turns = []
+    ids: list[str | None] = []  # of the images so far
     for number, message in enumerate(_messages(row, "messages", where), 1):
         place = f"{where}: message {number}"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
@@ -265,39 +267,77 @@ def _openai_turns(row: dict, where: str, images: RowImages) -> list[Turn]:
         if isinstance(content, str):
             parts: list[Part] = [Text(content)]
         elif isinstance(content, list):
-            parts = [_openai_part(part, place, images) for part in content]
+            parts = []
+            for part in content:
+                parts.append(_openai_part(part, place, images, ids))
+                if isinstance(parts[-1], ImageRef):
+                    ids.append(parts[-1].id)
         else:
             raise VlmtuneError(f"{place}: 'content' is text or a list of parts, this is {type(content).__name__}.")
         turns.append(Turn(_role(message["role"], place), tuple(parts), _train_flag(message, place)))
     return turns
 
 
-def _openai_part(part: Any, place: str, images: RowImages) -> Part:
+def _openai_part(part: Any, place: str, images: RowImages, ids: list[str | None]) -> Part:
+    """ids: of the images before this part, None for one without."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if kind == "image":
         source = part.get("image") or part.get("path") or part.get("url")
         if isinstance(source, str):
-            return ImageRef(images.named(source, place), part.get("id"))
+            return ImageRef(images.named(source, place), _new_id(part, place, ids))
         if source is None and len(images):
-            return replace(images.next(place, part.get("index")), id=part.get("id"))
+            return replace(images.next(place, part.get("index")), id=_new_id(part, place, ids))
+    if kind == "image_ref" and "id" in part:
+        return ImageName(_known_id(part["id"], place, ids))
     if kind == "image_url":
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
         if isinstance(url, str):
-            return ImageRef(images.named(url, place), part.get("id"))
+            return ImageRef(images.named(url, place), _new_id(part, place, ids))
     if kind == "box" and isinstance(part.get("boxes"), list):
-        region, image = part.get("region") or False, part.get("image") or 0
-        if not isinstance(region, bool) or type(image) is not int or image < 0:
-            raise VlmtuneError(f"{place}: a box's 'region' is true or false, its 'image' an image number from 0.")
-        return Boxes(_boxes(part["boxes"], place), region, image)
+        region = part.get("region") or False
+        if not isinstance(region, bool):
+            raise VlmtuneError(f"{place}: a box's 'region' is true or false, not {excerpt(region)}.")
+        return Boxes(_boxes(part["boxes"], place), region, _image_number(part, "box", place, ids))
     if kind == "point" and isinstance(part.get("points"), list):
-        click, image = part.get("click") or False, part.get("image") or 0
-        if not isinstance(click, bool) or type(image) is not int or image < 0:
-            raise VlmtuneError(f"{place}: a point's 'click' is true or false, its 'image' an image number from 0.")
-        return Points(_points(part["points"], place), click, image)
-    raise VlmtuneError(f"{place}: part {excerpt(part)} is not text, image, image_url, box or point.")
+        click = part.get("click") or False
+        if not isinstance(click, bool):
+            raise VlmtuneError(f"{place}: a point's 'click' is true or false, not {excerpt(click)}.")
+        return Points(_points(part["points"], place), click, _image_number(part, "point", place, ids))
+    raise VlmtuneError(f"{place}: part {excerpt(part)} is not text, image, image_url, image_ref, box or point.")
+
+
+def _new_id(part: dict, place: str, ids: list[str | None]) -> str | None:
+    """The id under which later parts refer to this image."""
+    id = part.get("id")
+    if id is None:
+        return None
+    if not isinstance(id, str) or not IMAGE_ID.fullmatch(id):
+        raise VlmtuneError(f"{place}: the image id {excerpt(id)} is not a word of letters, digits, '_', '-' or '.'.")
+    if id in ids:
+        raise VlmtuneError(f"{place}: a second image has the id {id!r}; give each its own.")
+    return id
+
+
+def _known_id(id: Any, place: str, ids: list[str | None]) -> str:
+    if id is None or id not in ids:
+        known = ", ".join(name for name in ids if name) or "none has an id"
+        raise VlmtuneError(f"{place}: no image before it has the id {excerpt(id)} ({known}); correct it.")
+    return id
+
+
+def _image_number(part: dict, what: str, place: str, ids: list[str | None]) -> int:
+    """Which image a box or point is in: a number from 0, or the id of an image before it."""
+    image = part.get("image") or 0
+    if isinstance(image, str):
+        return ids.index(_known_id(image, place, ids))
+    if type(image) is not int or image < 0:
+        raise VlmtuneError(
+            f"{place}: the 'image' of a {what} is an image number from 0 or an id, not {excerpt(image)}."
+        )
+    return image
 
 
 def _boxes(values: list, place: str) -> tuple:

@@ -93,7 +93,7 @@ class SceneRecipe:
             background, objects = scene.background, scene.objects
             image = draw_objects(draw_background(background), objects)
             further = self._ask_again(task, scene, question, turns - 1, random)
-        chat = [Turn("user", (ImageRef(_png(image), id), *question.prompt)), Turn("assistant", (question.reply,))]
+        chat = [Turn("user", (ImageRef(_png(image)), *question.prompt)), Turn("assistant", (question.reply,))]
         for another in further:
             chat += [Turn("user", another.prompt), Turn("assistant", (another.reply,))]
         return Sample(

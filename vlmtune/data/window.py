@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlmtune.data.sentences import sentence_ends
-from vlmtune.types import Boxes, ImageRef, Part, Points, Sample, Text, Turn
+from vlmtune.types import Boxes, ImageName, ImageRef, Part, Points, Sample, Text, Turn
 
 Measure = Callable[[Sample], int]
 """Tokens of a whole conversation as it would be trained on."""
@@ -146,12 +146,14 @@ def _without_oldest_round(sample: Sample) -> Sample:
 
 
 def _refers(later: Sequence[Sequence[Turn]], number: int, image: ImageRef) -> bool:
-    """Whether a later turn has a box in image `number`, or writes its id."""
+    """Whether a later turn has a box in image `number`, or refers to its id, as a part of its own or in text."""
     parts = [part for group in later for turn in group for part in turn.parts]
     if any(isinstance(part, (Boxes, Points)) and part.image == number for part in parts):
         return True
     if not image.id:
         return False
+    if ImageName(image.id) in parts:
+        return True
     name = re.compile(rf"(?<!\w){re.escape(image.id)}(?!\w)")
     return any(isinstance(part, Text) and name.search(part.text) for part in parts)
 

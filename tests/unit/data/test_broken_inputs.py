@@ -280,7 +280,7 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
     "strings": (box([["0", "0", "1", "4"]]), "box ['0', '0', '1', '4'] is not", BAD_7, "x1 <= x2"),
     "booleans": (box([[False, 0, 1, 4]]), "box [False, 0, 1, 4] is not", BAD_7, "x1 <= x2"),
     "a flat list": (box([0, 0, 1, 4]), "box 0 is not", BAD_7, "[x1, y1, x2, y2]"),
-    "boxes are text": (box("0 0 1 4"), "is not text, image, image_url, box or point", BAD_7, "box"),
+    "boxes are text": (box("0 0 1 4"), "is not text, image, image_url, image_ref, box or point", BAD_7, "box"),
     "box of no image": (box([[0, 0, 1, 1]], image=1), "refers to image 1 (from 0) of 1", BAD_7, "correct its 'image'"),
     "boxes beside messages": (
         row({**text_row(), "boxes": [[0, 0, 1, 1]]}), "have no place in it", "t.jsonl:3", "type box",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import build_processor, train_tokenizer
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.tiny import FAMILIES
-from vlmtune.types import Boxes, Encoded, ImageRef, Kind, Points, Sample, Text, Turn
+from vlmtune.types import Boxes, Encoded, ImageName, ImageRef, Kind, Points, Sample, Text, Turn
 
 EVERY = (*FAMILIES, "embedded")
 every_family = pytest.mark.parametrize("family", EVERY)
@@ -189,6 +189,34 @@ def test_hostile_text_equals_transformers_own_sanitising(model, place):
     conversation = sample(*turns)
     encoded = model.encoder.encode(conversation)
     assert_equals_plain(model, encoded, messages_of(conversation), sanitize_control_tokens=True)
+
+
+@every_family
+def test_an_image_is_called_by_its_name(model):
+    """The name is plain text before the image and where it is referred to, whatever special tokens the family has."""
+    first, second = replace(picture(), id="img1"), replace(picture(seed=1), id="b.2")
+    conversation = sample(
+        turn("user", first, second, "Compare."),
+        turn("assistant", "The first is ", ImageName("img1"), "."),
+        turn("user", ImageName("b.2"), "?"),
+        turn("assistant", "No."),
+    )
+    shown = [{"type": "image", "image": load_image(ref.source, "test")} for ref in (first, second)]
+    opening = [text('<image id="img1">'), shown[0], text('<image id="b.2">'), shown[1], text("Compare.")]
+    plain = [
+        {"role": "user", "content": opening},
+        {"role": "assistant", "content": [text('The first is <image id="img1">.')]},
+        {"role": "user", "content": [text('<image id="b.2">'), text("?")]},
+        {"role": "assistant", "content": [text("No.")]},
+    ]
+    encoded = model.encoder.encode(conversation)
+    assert_equals_plain(model, encoded, plain)
+    supervised = model.decode(encoded.ids[encoded.supervised()])
+    assert 'The first is <image id="img1">.' in supervised.replace("id= ", "id=")
+
+
+def text(content: str) -> dict:
+    return {"type": "text", "text": content}
 
 
 # ---- (b) spans --------------------------------------------------------------------------------------------------
@@ -383,8 +411,7 @@ def test_a_box_is_a_box_in_a_reply_and_an_instruction_in_a_question(model):
     asked = model.decode(encoded.ids[(encoded.kinds == Kind.INSTRUCTION) & (encoded.turn == 0)])
     assert model.encoder.coordinates.render((box,), encoded.geometry[0], region=True) in asked
     whole = model.decode(encoded.ids[encoded.supervised()])
-    between = "" if model.family in STRIPS else " "
-    assert whole == model.reply(f"a dog{between}{expected}")
+    assert whole == model.reply(f"a dog {expected}")
 
 
 @every_family

@@ -15,7 +15,7 @@ from vlmtune.data.images import load_image
 from vlmtune.data.rows import resolve_image
 from vlmtune.data.sources import FileSource, SceneSource
 from vlmtune.errors import VlmtuneError
-from vlmtune.types import Boxes, ImageRef, Points, Sample, Text, Turn
+from vlmtune.types import Boxes, ImageName, ImageRef, Points, Sample, Text, Turn
 
 
 def png(colour: str = "red") -> bytes:
@@ -137,6 +137,28 @@ def test_image_ids_and_boxes_are_typed_fields(folder):
     assert [image.id for image in sample.images] == ["img1", None]
     assert sample.turns[0].parts[3] == Boxes(((0, 1, 2.5, 3),), region=True, image=1)
     assert sample.turns[1].parts == (Boxes(((1, 1, 2, 2), (3, 0, 8, 4))),)
+
+
+def reference(id: Any) -> dict:
+    return {"type": "image_ref", "id": id}
+
+
+def test_parts_refer_to_images_by_id(folder):
+    image = {"type": "image", "image": "images/a.png"}
+    row = {
+        "messages": [
+            user(image, image | {"id": "img1"}, {"type": "text", "text": "what"}),
+            {"role": "assistant", "content": [{"type": "box", "boxes": [[0, 1, 2, 3]], "image": "img1"}]},
+            user(
+                {"type": "text", "text": "and in "}, {"type": "image_ref", "id": "img1"}, {"type": "text", "text": "?"}
+            ),
+            REPLY,
+        ]
+    }
+    sample = one(folder, row)
+    assert [image.id for image in sample.images] == [None, "img1"]
+    assert sample.turns[1].parts == (Boxes(((0, 1, 2, 3),), image=1),)
+    assert sample.turns[2].parts == (Text("and in "), ImageName("img1"), Text("?"))
 
 
 def test_points_and_clicks_are_typed_fields(folder):
@@ -396,6 +418,11 @@ def picture(name: str) -> dict:
     return {"messages": [user({"type": "image", "image": name}), REPLY]}
 
 
+def named(*ids: Any) -> dict:
+    parts = [{"type": "image", "image": "images/a.png", "id": id} for id in ids]
+    return {"messages": [user(*parts), REPLY]}
+
+
 def box(boxes: list, **more: Any) -> dict:
     return {"messages": [user({"type": "box", "boxes": boxes, **more}), REPLY]}
 
@@ -464,16 +491,30 @@ SHAREGPT = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value"
         (box([[0, 0, 1e999, 4]]), "box [0, 0, inf, 4] is not", "x1 <= x2"),
         (box([["0", 0, 1, 4]]), "box ['0', 0, 1, 4] is not", "x1 <= x2"),
         (box([[0, 0, 1, 1]]), "a box refers to image 0 (from 0) of 0", "correct its 'image'"),
-        (box([[0, 0, 1, 1]], image=-1), "a box's 'region' is true", "an image number"),
-        (box([[0, 0, 1, 1]], image="x"), "a box's 'region' is true", "an image number"),
+        (box([[0, 0, 1, 1]], region=1), "a box's 'region' is true or false", "not 1"),
+        (box([[0, 0, 1, 1]], image=-1), "the 'image' of a box is an image number from 0 or an id", "not -1"),
+        (box([[0, 0, 1, 1]], image="x"), 'no image before it has the id "x"', "none has an id"),
         (box([[0, 0, 1, 10**400]]), "is not [x1, y1, x2, y2]", "x1 <= x2"),
         (point([[1, 2, 3]]), "point [1, 2, 3] is not [x, y] in pixels", ""),
         (point([[1, True]]), "point [1, True] is not [x, y] in pixels", ""),
         (point([[1, 1e999]]), "point [1, inf] is not [x, y] in pixels", ""),
         (point([1, 2]), "point 1 is not [x, y] in pixels", ""),
         (point([[1, 2]]), "a point refers to image 0 (from 0) of 0", "correct its 'image'"),
-        (point([[1, 2]], click="yes"), "a point's 'click' is true or false", "an image number"),
-        (point([[1, 2]], image=-1), "a point's 'click' is true or false", "an image number"),
+        (point([[1, 2]], click="yes"), "a point's 'click' is true or false", "not"),
+        (point([[1, 2]], image=-1), "the 'image' of a point is an image number", "not -1"),
+        (
+            {"messages": [user({"type": "image_ref", "id": "a"}), REPLY]},
+            'no image before it has the id "a"',
+            "correct it",
+        ),
+        (
+            {"messages": [user({"type": "image_ref", "id": None}), REPLY]},
+            "no image before it has the id null",
+            "correct",
+        ),
+        (named("a b"), 'the image id "a b" is not a word', "letters, digits"),
+        (named(7), "the image id 7 is not a word", "letters, digits"),
+        (named("a", "a"), "a second image has the id 'a'", "give each its own"),
         ({"messages": [user({"type": "point", "x": 1}), REPLY]}, "message 1: part", "box or point"),
         ({"conversations": []}, "'conversations' must be a list with at least one", ""),
         ({"conversations": [{"from": "human"}]}, "message 1 needs 'from' and a text 'value'", ""),

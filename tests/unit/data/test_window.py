@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vlmtune.data.sentences import sentence_ends
 from vlmtune.data.window import Window
-from vlmtune.types import Boxes, ImageRef, Sample, Text, Turn
+from vlmtune.types import Boxes, ImageName, ImageRef, Sample, Text, Turn
 
 PIXELS_PER_TOKEN = 10_000
 
@@ -83,6 +83,12 @@ def test_boxes_keep_their_image_when_an_earlier_one_goes():
 def test_an_image_named_later_by_its_id_stays():
     first, second = image("one", "img1"), image("two", "img11")
     sample = chat(("u", first, second, "look"), ("a", "yes"), ("u", "what of img1?"), ("a", "a cat"))
+    assert Window(measure(sample) - 1).fit(sample, measure).sample.images == [first]
+
+
+def test_an_image_that_is_called_by_name_later_stays():
+    first = image("one", "img1")
+    sample = chat(("u", first, "look"), ("a", "yes"), ("u", "what of ", ImageName("img1")), ("a", "a cat"))
     assert Window(measure(sample) - 1).fit(sample, measure).sample.images == [first]
 
 
