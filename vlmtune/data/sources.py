@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vlmtune.data.files import open_reader
-from vlmtune.data.rows import format_of, parse_row
+from vlmtune.data.rows import Row, format_of, parse_row
 from vlmtune.data.scenes import SceneRecipe
 from vlmtune.types import Sample
 
@@ -88,5 +88,12 @@ class FileSource:
         )
         return f"{format_of(self._reader.row(0))}, {self._reader.container}, {rows}"
 
+    def row(self, index: int) -> Row:
+        """The row as the file holds it. Raises VlmtuneError where it is not even that."""
+        return self._reader.row(index)
+
+    def parse(self, row: Row) -> Sample:
+        return parse_row(row, self._roots, self._task)
+
     def __getitem__(self, index: int) -> Sample:
-        return parse_row(self._reader.row(index), self._roots, self._task)
+        return self.parse(self.row(index))
