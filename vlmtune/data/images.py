@@ -65,10 +65,9 @@ def _opened(source: Path | bytes, where: str, read: Callable[[Image.Image], T]) 
     except FileNotFoundError as error:
         raise VlmtuneError(f"{where}: image {name} does not exist.", code="image_missing") from error
     except Exception as error:  # Pillow's readers raise whatever the damage leads to: struct.error, IndexError, …
-        if _is_empty(source):
-            raise VlmtuneError(f"{where}: image {name} is empty; copy it again.", code="image_empty") from error
+        code, why = ("image_empty", "it is empty") if _is_empty(source) else ("image_corrupt", error)
         raise VlmtuneError(
-            f"{where}: image {name} cannot be decoded ({error}); replace or remove it.", code="image_corrupt"
+            f"{where}: image {name} cannot be decoded ({why}); replace or remove it.", code=code
         ) from error
 
 

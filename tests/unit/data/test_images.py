@@ -137,7 +137,7 @@ def test_a_truncated_file_is_refused(format, tmp_path):
 def test_what_is_no_image_is_refused(tmp_path):
     empty = tmp_path / "empty.png"
     empty.touch()
-    assert f"{empty} is empty" in complaint(empty)
+    assert f"{empty} cannot be decoded" in complaint(empty)
     assert "0 bytes cannot be decoded" in complaint(b"")
     assert "cannot be decoded" in complaint(b"<html>404 not found</html>")
     assert "cannot be decoded" in complaint(tmp_path)  # a folder
