@@ -101,6 +101,24 @@ def inspect(
     console.print(f"page: {page}", highlight=False)
 
 
+@app.command("check-data")
+def check_data(
+    config: ConfigName,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the report (default: <run>-data-check)")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="processes (default: data.workers)")] = None,
+) -> None:
+    """Read, decode and encode all data once, and report what is wrong with it. Exit code 1 if there are errors."""
+    from vlmtune.config import load_config
+
+    wish = load_config(config, overrides or [])
+    from vlmtune.check_data import check_data as run
+
+    report = run(wish, console, output, workers)
+    if report.count("error"):
+        raise typer.Exit(1)
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],

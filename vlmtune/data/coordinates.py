@@ -155,7 +155,8 @@ def _box_to_row(box: Box, geometry: ImageGeometry) -> Row:
     if min(x1, y1) < -SLACK or x2 > width + SLACK or y2 > height + SLACK:
         raise VlmtuneError(
             f"Box {tuple(box)} sticks out of its image of {width}x{height} pixels; correct it in the data "
-            "(x1, y1, x2, y2 in pixels of the upright file)."
+            "(x1, y1, x2, y2 in pixels of the upright file).",
+            code="box_outside",
         )
     inside = _clip(box, (0.0, 0.0, width, height))
     seen = _clip(box, geometry.visible)
@@ -177,7 +178,8 @@ def _point_to_row(point: Point, geometry: ImageGeometry) -> Row:
     if not _is_inside(point, (0.0, 0.0, geometry.width, geometry.height), (SLACK, SLACK)):
         raise VlmtuneError(
             f"Point {tuple(point)} lies outside its image of {geometry.width}x{geometry.height} pixels; correct it in "
-            "the data (x, y in pixels of the upright file)."
+            "the data (x, y in pixels of the upright file).",
+            code="box_outside",
         )
     if not _is_inside(point, geometry.visible, (SLACK, SLACK)):
         raise VlmtuneError(_unseen(f"Point {tuple(point)}", geometry))

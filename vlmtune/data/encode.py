@@ -26,6 +26,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vlmtune import __version__
 from vlmtune.data.coordinates import Coordinates
@@ -108,11 +109,16 @@ class Encoder:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def encode(self, sample: Sample) -> Encoded:
-        """The whole conversation. Raises VlmtuneError (naming the sample) for anything that cannot be encoded."""
+    def encode(self, sample: Sample, images: Sequence[Image.Image] | None = None) -> Encoded:
+        """The whole conversation. images: those of the sample, where somebody decoded them already.
+
+        Raises VlmtuneError (naming the sample) for anything that cannot be encoded.
+        """
         if not any(turn.role == "assistant" and turn.train and not turn.is_empty for turn in sample.turns):
-            raise VlmtuneError(f"{_where(sample)}: no assistant reply to learn from; add one or remove the row.")
-        encoded = self._encode(sample, sample.turns, add_generation_prompt=False)
+            raise VlmtuneError(
+                f"{_where(sample)}: no assistant reply to learn from; add one or remove the row.", code="reply_empty"
+            )
+        encoded = self._encode(sample, sample.turns, add_generation_prompt=False, decoded=images)
         if self.max_length is not None and len(encoded) > self.max_length:
             raise VlmtuneError(
                 f"{_where(sample)}: {len(encoded)} tokens (images included) exceed max_length {self.max_length}; "
@@ -164,8 +170,17 @@ class Encoder:
 
     # ---- text ---------------------------------------------------------------------------------------------------
 
-    def _encode(self, sample: Sample, turns: tuple[Turn, ...], add_generation_prompt: bool) -> Encoded:
-        images = self.pictures.load(_images_of(turns), sample.max_pixels, _where(sample))
+    def _encode(
+        self,
+        sample: Sample,
+        turns: tuple[Turn, ...],
+        add_generation_prompt: bool,
+        decoded: Sequence[Image.Image] | None = None,
+    ) -> Encoded:
+        if decoded is None:
+            images = self.pictures.load(_images_of(turns), sample.max_pixels, _where(sample))
+        else:
+            images = self.pictures.process(decoded, sample.max_pixels, _where(sample))
         ids, kinds, turn_of = self._tokens_of(sample, turns, images, add_generation_prompt)
         extras = {}
         if self._extra_names:
@@ -245,7 +260,7 @@ class Encoder:
                 else:
                     text = self.coordinates.render_points(part.points, geometry, part.click)
             except VlmtuneError as error:
-                raise VlmtuneError(f"{_where(sample)}: {error}") from error
+                raise VlmtuneError(f"{_where(sample)}: {error}", code=error.code) from error
             return Piece(text, Kind.BOX if plain == Kind.RESPONSE else plain, index, control=True)
         raise VlmtuneError(f"{_where(sample)}: unknown content part {type(part).__name__}.")
 

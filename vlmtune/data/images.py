@@ -54,15 +54,25 @@ def _opened(source: Path | bytes, where: str, read: Callable[[Image.Image], T]) 
             if image.width * image.height > MAX_PIXELS:
                 raise VlmtuneError(
                     f"{where}: image {name} has {image.width}x{image.height} pixels, above the limit of "
-                    f"{MAX_PIXELS:,}; shrink it first."
+                    f"{MAX_PIXELS:,}; shrink it first.",
+                    code="image_bomb",
                 )
             return read(image)
     except VlmtuneError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit: its readers stop at the header already
+        raise VlmtuneError(f"{where}: image {name}: {error}; shrink it first.", code="image_bomb") from error
     except FileNotFoundError as error:
-        raise VlmtuneError(f"{where}: image {name} does not exist.") from error
+        raise VlmtuneError(f"{where}: image {name} does not exist.", code="image_missing") from error
     except Exception as error:  # Pillow's readers raise whatever the damage leads to: struct.error, IndexError, …
-        raise VlmtuneError(f"{where}: image {name} cannot be decoded ({error}); replace or remove it.") from error
+        code, why = ("image_empty", "it is empty") if _is_empty(source) else ("image_corrupt", error)
+        raise VlmtuneError(
+            f"{where}: image {name} cannot be decoded ({why}); replace or remove it.", code=code
+        ) from error
+
+
+def _is_empty(source: Path | bytes) -> bool:
+    return not source if isinstance(source, bytes) else source.stat().st_size == 0
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -249,7 +249,8 @@ def resolve_image(name: str, place: str, roots: Sequence[Path]) -> Path | bytes:
         if os.path.isfile(candidate):
             return candidate
     raise VlmtuneError(
-        f"{place}: image {name} not found; tried {', '.join(str(t) for t in tried)}; correct the path or image_root."
+        f"{place}: image {name} not found; tried {', '.join(str(t) for t in tried)}; correct the path or image_root.",
+        code="image_missing",
     )
 
 
@@ -466,7 +467,7 @@ def _name(value: Any, field_name: str, where: str) -> str:
 
 def _role(name: Any, place: str) -> Role:
     if not isinstance(name, str) or name not in ROLE_NAMES:
-        raise VlmtuneError(f"{place}: unknown role {name!r}; known: {', '.join(ROLE_NAMES)}.")
+        raise VlmtuneError(f"{place}: unknown role {name!r}; known: {', '.join(ROLE_NAMES)}.", code="role_unknown")
     return ROLE_NAMES[name]
 
 
@@ -479,11 +480,14 @@ def _train_flag(message: dict, place: str) -> bool:
 
 def _check_turns(sample: Sample, where: str) -> None:
     if not any(t.role == "assistant" and not t.is_empty for t in sample.turns):
-        raise VlmtuneError(f"{where}: no assistant text to learn from; add a reply or remove the row.")
+        raise VlmtuneError(
+            f"{where}: no assistant text to learn from; add a reply or remove the row.", code="reply_empty"
+        )
     for number, turn in enumerate(sample.turns, 1):
         if turn.role == "assistant" and turn.train and turn.is_empty:
             raise VlmtuneError(
-                f"{where}: the assistant reply in message {number} is empty; fill it or set train: false."
+                f"{where}: the assistant reply in message {number} is empty; fill it or set train: false.",
+                code="reply_empty",
             )
         if turn.role == "assistant" and any(isinstance(p, ImageRef) for p in turn.parts):
             raise VlmtuneError(f"{where}: message {number} puts an image into an assistant reply; move it to the user.")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vlmtune.data.files import open_reader
 from vlmtune.data.prompts import SystemPrompt
-from vlmtune.data.rows import format_of, parse_row
+from vlmtune.data.rows import Row, format_of, parse_row
 from vlmtune.data.scenes import SceneRecipe
 from vlmtune.types import Sample, Text, Turn
 
@@ -73,6 +73,12 @@ class PromptedSource:
     def __getitem__(self, index: int) -> Sample:
         return with_system(self._source[index], self._prompt)
 
+    def row(self, index: int) -> Row:
+        return self._source.row(index)
+
+    def parse(self, row: Row) -> Sample:
+        return with_system(self._source.parse(row), self._prompt)
+
 
 def with_system(sample: Sample, prompt: SystemPrompt) -> Sample:
     """The sample with this system turn, unless it begins with one of its own."""
@@ -116,5 +122,12 @@ class FileSource:
         )
         return f"{format_of(self._reader.row(0))}, {self._reader.container}, {rows}"
 
+    def row(self, index: int) -> Row:
+        """The row as the file holds it. Raises VlmtuneError where it is not even that."""
+        return self._reader.row(index)
+
+    def parse(self, row: Row) -> Sample:
+        return parse_row(row, self._roots, self._task)
+
     def __getitem__(self, index: int) -> Sample:
-        return parse_row(self._reader.row(index), self._roots, self._task)
+        return self.parse(self.row(index))

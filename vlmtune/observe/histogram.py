@@ -1,4 +1,4 @@
-"""How long the samples of a source are, as a drawing: bars over tokens, and the limit as a line (SPEC A6, H1)."""
+"""How long the samples of a source are, or how large its images: bars, and the limit as a line (SPEC A6, H1)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Histogram:
-    """limit: where the limit lies, None when there is none or no sample comes near it."""
+    """title: what is drawn; limit: where the limit lies, None when there is none or no sample comes near it."""
 
-    name: str
+    title: str
     sentence: str
     bars: list[Bar]
     limit: float | None
@@ -37,15 +37,22 @@ class Histogram:
 
 
 def length_histogram(name: str, sentence: str, lengths: Sequence[int], limit: int | None) -> Histogram:
-    """lengths: tokens of each sample, at least one; sentence: what is said beside the drawing.
+    """lengths: tokens of each sample of the source called `name`; sentence: what is said beside the drawing."""
+    return histogram(f"{name}: tokens per sample", sentence, lengths, "tokens", "samples", limit)
+
+
+def histogram(
+    title: str, sentence: str, values: Sequence[int], unit: str, things: str, limit: int | None = None
+) -> Histogram:
+    """values: at least one, each at least 1; unit: of the values; things: what has them.
 
     The limit is an edge between two bars, so no bar holds samples on both sides of it.
     """
-    lengths = np.asarray(lengths)
-    longest = int(lengths.max())
-    width = max(1, -(-longest // BARS))  # tokens per bar
+    values = np.asarray(values)
+    longest = int(values.max())
+    width = max(1, -(-longest // BARS))  # units per bar
     shift = -(limit or 0) % width  # by how much the first bar is narrower
-    counts = np.bincount((lengths - 1 + shift) // width)
+    counts = np.bincount((values - 1 + shift) // width)
     scale = WIDTH / (len(counts) * width - shift)
     bars = []
     for n in np.flatnonzero(counts):
@@ -56,12 +63,12 @@ def length_histogram(name: str, sentence: str, lengths: Sequence[int], limit: in
                 round(first * scale, 2), round(BASE - height, 2),
                 round((last - first) * scale - 1, 2), round(height, 2),
                 limit is not None and first >= limit,
-                f"{first + 1:,} to {last:,} tokens: {counts[n]:,} samples",
+                f"{first + 1:,} to {last:,} {unit}: {counts[n]:,} {things}",
             )
         )  # fmt: skip
     ticks = [round(longest * share / 4) for share in range(5)]
     return Histogram(
-        name,
+        title,
         sentence,
         bars,
         round(limit * scale, 2) if limit is not None and limit < longest else None,

@@ -140,11 +140,14 @@ class TensorBoard:
 
 
 class CountingBar:
-    """A bar while samples are counted, one source after the other; without a terminal nothing is shown."""
+    """A bar while samples are read, one source after the other; without a terminal nothing is shown.
 
-    def __init__(self, console: Console):
+    doing: what is done with them.
+    """
+
+    def __init__(self, console: Console, doing: str = "counting tokens of"):
         self._progress = Progress(
-            TextColumn("counting tokens of {task.description}"),
+            TextColumn(f"{doing} {{task.description}}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:,.0f} of {task.total:,.0f} samples"),
             console=console,
