@@ -22,6 +22,7 @@ from vlmtune.data.prompts import length_remark, system_prompt
 from vlmtune.data.resolution import set_pixel_limits
 from vlmtune.data.sources import FileSource, PromptedSource, SampleSource, SceneSource
 from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_overlong, survey_source
+from vlmtune.data.templates import set_template
 from vlmtune.data.window import Window
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
@@ -74,13 +75,16 @@ class Base:
     model: torch.nn.Module
     processor: object
     new_tokens: NewTokens
+    remark: str | None  # on the chat template
 
 
 def load_base(config: Config) -> Base:
     path = resolve_model(config.model)
-    model, processor = load_model(path), load_processor(path)
+    processor = load_processor(path)
+    remark = set_template(processor, config.data.template)
+    model = load_model(path)
     wanted = _wanted_tokens(config.data, model, processor.tokenizer)
-    return Base(path, model, processor, add_tokens(model, processor.tokenizer, wanted))
+    return Base(path, model, processor, add_tokens(model, processor.tokenizer, wanted), remark)
 
 
 def _wanted_tokens(data: Data, model: torch.nn.Module, tokenizer) -> list[str]:
@@ -160,8 +164,7 @@ def remarks_on_prompts(config: Config, encoder: Encoder) -> list[str]:
     wishes = {config.data.system if source.system == INHERIT else source.system for source in sources} - {None}
     if wishes and not encoder.takes_system:
         raise VlmtuneError(
-            "data.system: the model's chat template has no system role; remove it, or write the rules into the "
-            "questions."
+            "data.system: the chat template has no system role; remove it, or write the rules into the questions."
         )
     prompts = [system_prompt(wish) for wish in sorted(wishes)]
     remarks = [length_remark(prompt, encoder.text_length(prompt.text)) for prompt in prompts]

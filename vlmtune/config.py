@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlmtune.data.prompts import system_prompt
+from vlmtune.data.templates import TemplateWish
 from vlmtune.errors import VlmtuneError
 from vlmtune.schedule import Length, piecewise
 
@@ -90,6 +91,7 @@ class Data(Strict):
     system: SystemValue | None = Field(
         None, description="system prompt of conversations without one: a name (vlmtune prompts), file:path, or a text"
     )
+    template: TemplateWish = Field("auto", description="chat template: auto (the model's own) or one of ours, by name")
     on_overlong: Literal["error", "trim", "drop"] = Field(
         "error", description="samples above max_length: stop before training, trim (oldest turns first), or leave out"
     )

@@ -81,7 +81,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     groups = build_eval_groups(config)
     for line in describe_sources(sources, groups):
         console.print(f"data: {line}", highlight=False, markup=False)
-    for line in remarks_on_prompts(config, encoder):
+    for line in [*([base.remark] if base.remark else []), *remarks_on_prompts(config, encoder)]:
         console.print(f"note: {line}", highlight=False, markup=False)
     if base.new_tokens:
         console.print(describe_new_tokens(base), highlight=False, markup=False)

@@ -164,7 +164,8 @@ def _prompt_parts(prompt: str, region: str | None) -> list[Text | Boxes]:
 
 def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> dict:
     """Merge adapters and new rows into the base, write a plain model folder with its processor, reload it and compare
-    logits with the adapter model. The coordinates that were trained are written into config.json.
+    logits with the adapter model. The coordinates that were trained are written into config.json, the token that ends
+    a reply into generation_config.json.
 
     Raises VlmtuneError when the folder exists, when a merge changes nothing, or when the reloaded logits differ by more
     than LOGIT_TOLERANCE (relative to the largest logit).
@@ -179,6 +180,7 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
     merge_new_rows(loaded.model)
     if anatomy_of(loaded.model).coordinates != loaded.encoder.coordinates.name:
         loaded.model.config.coordinates = loaded.encoder.coordinates.name
+    _stop_at_end_of_reply(loaded)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -206,6 +208,8 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
                  "tensors": len(before), "new_tokens": len(base.new_tokens), "relative_logit_gap": gap,
                  "system": _system_text(loaded.config)}  # fmt: skip
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
+        for file in draft.iterdir():  # safetensors writes files that only their owner may read
+            shutil.copymode(draft / "vlmtune_export.json", file)
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -215,6 +219,15 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
         highlight=False,
     )
     return proof
+
+
+def _stop_at_end_of_reply(loaded: Loaded) -> None:
+    """Plain `generate` stops where training taught the model to: at the token behind each reply."""
+    config, end = loaded.model.generation_config, loaded.encoder.end_of_reply
+    known = config.eos_token_id
+    stops = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in stops:
+        config.eos_token_id = [*stops, end]
 
 
 def _system_text(config: Config) -> str | None:

@@ -51,6 +51,8 @@ def test_plain_transformers_computes_what_was_trained(trained_run, rows, tiny_fo
 
     keys = set(AutoModelForImageTextToText.from_pretrained(tiny_folder("llava")).state_dict())
     assert set(AutoModelForImageTextToText.from_pretrained(tmp_path / "exported").state_dict()) == keys
+    modes = {file.stat().st_mode for file in (tmp_path / "exported").iterdir()}
+    assert len(modes) == 1  # others may read the weights where they may read the rest
     # 4 layers of 7 adapted matrices, and the projector's two layers with biases
     assert (proof["merged_modules"], proof["changed_tensors"]) == (28, 28 + 4)
     assert json.loads((tmp_path / "exported" / "vlmtune_export.json").read_text()) == proof

@@ -162,11 +162,16 @@ class Encoder:
         """Ids that end a reply: the tokenizer's eos and the token the template writes after a reply."""
         return set(self._stops)
 
+    @property
+    def end_of_reply(self) -> int:
+        """Id of the token that the template writes behind every reply."""
+        return self._end_of_reply
+
     def _find_stops(self) -> set[int]:
         probe = (Turn("user", (Text("a"),)), Turn("assistant", (Text("b"),)))
         encoded = self._encode(Sample("probe", probe), probe, add_generation_prompt=False)
-        last = encoded.ids[encoded.kinds == Kind.RESPONSE][-1]
-        return {int(last), int(self.tokenizer.eos_token_id), self.pad_token_id}
+        self._end_of_reply = int(encoded.ids[encoded.kinds == Kind.RESPONSE][-1])
+        return {self._end_of_reply, int(self.tokenizer.eos_token_id), self.pad_token_id}
 
     # ---- text ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +274,7 @@ class Encoder:
             return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # jinja's raise_exception has no class of its own
             raise VlmtuneError(
-                f"{_where(sample) if sample else 'probe'}: the model's chat template refuses this conversation: {error}"
+                f"{_where(sample) if sample else 'probe'}: the chat template refuses this conversation: {error}"
             ) from error
 
     def _check_rewrite(self, rendered: str, messages: list[dict], prompt: bool, sample: Sample) -> None:
