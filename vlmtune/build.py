@@ -203,15 +203,17 @@ def fit_data(
     groups: dict[str, list[SampleSource]],
     progress: Callable[[str, int, int], None] = lambda name, done, rows: None,
 ) -> FittedData:
-    """Count every sample of every file, and drop or trim what is too long, as data.on_overlong says.
+    """Count every sample of every file; drop or trim what is too long, as data.on_overlong says, and leave out what
+    cannot be used where data.on_bad_row says so.
 
     progress: is told name, rows done and rows of the source being counted. Scenes are not counted: the encoder checks
     them one by one. Raises VlmtuneError for overlong samples (on_overlong: error), and rows that cannot be read.
     """
     wish = config.data
-    if wish.max_length is None:
+    drop_bad = wish.on_bad_row == "drop"
+    if wish.max_length is None and not drop_bad:
         return FittedData(list(sources), groups, [])
-    window = Window(wish.max_length, wish.reply_reserve)
+    window = None if wish.max_length is None else Window(wish.max_length, wish.reply_reserve)
     surveys: list[tuple[str, Survey]] = []
 
     def fitted(source: SampleSource, name: str) -> SampleSource:
@@ -219,11 +221,11 @@ def fit_data(
             return source
         survey = survey_source(
             source, encoder, window, cache_folder() / "lengths", wish.workers,
-            lambda done: progress(name, done, source.size),
+            lambda done: progress(name, done, source.size), drop_bad,
         )  # fmt: skip
         surveys.append((name, survey))
-        refuse = wish.on_overlong == "error"
-        return source if refuse else FittedSource(source, survey, encoder, window, wish.on_overlong)
+        as_it_is = wish.on_overlong == "error" and not survey.bad
+        return source if as_it_is else FittedSource(source, survey, encoder, window, wish.on_overlong)
 
     kept = [fitted(*pair) for pair in zip(sources, source_names(sources), strict=True)]
     held_out = {
@@ -236,12 +238,16 @@ def fit_data(
 
 
 def describe_surveys(config: Config, fitted: FittedData) -> list[str]:
-    """One line for every source that has samples above data.max_length."""
-    return [f"{name}: {survey.sentence(config.data.max_length)}" for name, survey in fitted.surveys if survey.overlong]
+    """One line for every source that has rows that cannot be used, and one for samples above data.max_length."""
+    lines = []
+    for name, survey in fitted.surveys:
+        lines += [f"{name}: {survey.bad_sentence()}"] if survey.bad else []
+        lines += [f"{name}: {survey.sentence(config.data.max_length)}"] if survey.overlong else []
+    return lines
 
 
 def changes(config: Config, fitted: FittedData) -> dict[str, list[dict]]:
-    """What the context window did, for dropped.jsonl and changed.jsonl of a run."""
+    """What was left out and what the context window did, for dropped.jsonl and changed.jsonl of a run."""
     rows: dict[str, list[dict]] = {"dropped.jsonl": [], "changed.jsonl": []}
     for name, survey in fitted.surveys:
         for file, records in zip(rows, change_records(name, survey, config.data.on_overlong), strict=True):

@@ -19,7 +19,7 @@ from vlmtune.config import Config
 from vlmtune.data.check import CHUNK, RowCheck, RowFinding, check_rows
 from vlmtune.data.duplicates import TRAIN, Duplicates, SplitSource
 from vlmtune.data.encode import Encoder
-from vlmtune.data.sources import FileSource, PromptedSource, SampleSource
+from vlmtune.data.sources import SampleSource
 from vlmtune.observe.data_report import (
     DataReport,
     SourceFigures,
@@ -46,7 +46,7 @@ def check_data(config: Config, console: Console, output: Path | None = None, wor
         raise VlmtuneError("check-data: every source of this config is generated scenes; there is no file to check.")
     _make_folder(folder)
     base = load_base(config)
-    encoder = build_encoder(base.processor, base.model, config.data.model_copy(update={"max_length": None}))
+    encoder = build_encoder(base.processor, base.model, config.data).without_limit()
 
     report = DataReport(config.model, config.data.max_length, skipped=skipped, workers=workers)
     began = time.perf_counter()
@@ -107,19 +107,12 @@ def _check_sources(
                 bar(place.name, done, place.source.size)
         report.sources.append(
             SourceFigures(
-                place.name, place.split, _format(place.source), place.source.size,
+                place.name, place.split, place.source.format, place.source.size,
                 np.array(tokens, dtype=np.int32), np.array(sides, dtype=np.int32).reshape(-1, 2),
             )
         )  # fmt: skip
     for finding in duplicates.findings():
         keep(finding)
-
-
-def _format(source: FileSource | PromptedSource) -> str:
-    try:
-        return source.format
-    except VlmtuneError:  # told by the first row; that it cannot be read is a finding already
-        return f"{source.size:,} rows"
 
 
 def _make_folder(folder: Path) -> None:

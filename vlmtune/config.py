@@ -95,6 +95,9 @@ class Data(Strict):
     on_overlong: Literal["error", "trim", "drop"] = Field(
         "error", description="samples above max_length: stop before training, trim (oldest turns first), or leave out"
     )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="rows of files that cannot be used: stop at the first, or leave out and list (decodes all)"
+    )
     reply_reserve: int = Field(64, ge=1, description="tokens a reply that is cut keeps at least (on_overlong: trim)")
     min_pixels: int | None = Field(None, ge=1, description="of one image after its resize (default: the processor's)")
     max_pixels: int | None = Field(None, ge=1, description="of one image after its resize (default: the processor's)")

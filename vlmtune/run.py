@@ -98,14 +98,20 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         model.activation_checkpointing_enable()
     model.to(device)
 
+    changed = {
+        name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for name, rows in changes(config, fitted).items()
+    }
+    if checkpoint is not None:
+        require_same_rows(folder, changed)
     if restart and folder.exists():  # only now: whatever is wrong with the new config, the old run is still there
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "assignment.json", json.dumps(plan.rows, indent=1))  # first: it marks a run folder
     write_text(folder / "config.yaml", dump_config(config))
     write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
-    for name, rows in changes(config, fitted).items():
-        write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for name, text in changed.items():
+        write_text(folder / name, text)
     first = [steps.mixture[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
     write_token_view(
         folder / "first_batch.html",
@@ -211,6 +217,20 @@ def _what_differs(folder: Path, config: Config) -> str:
     return (
         f": {', '.join(keys[:KEYS_NAMED])}{more}" if keys else " (no key differs: another version of vlmtune wrote it)"
     )
+
+
+def require_same_rows(folder: Path, changed: dict[str, str]) -> None:
+    """Refuse to continue where other rows are left out or trimmed than when the run began: its order would be another.
+
+    changed: name of a file of the run folder -> what would stand in it now.
+    """
+    for name, text in changed.items():
+        path = folder / name
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            raise VlmtuneError(
+                f"{folder}: other rows of the data are left out or trimmed than when this run began ({name} would "
+                "change), because files changed meanwhile; put them back, or start over with --restart."
+            )
 
 
 def require_best(best: str, metrics: dict[str, float]) -> None:

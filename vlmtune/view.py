@@ -73,13 +73,16 @@ def _find_sample(config: Config, fitted: FittedData, sample_id: str) -> Fitted:
                     f"sample {sample_id!r} of {name} ({gone.origin}) is left out: it has {gone.tokens} tokens, and "
                     f"data.max_length is {config.data.max_length}."
                 )
+        for bad in survey.bad:
+            if bad.id == sample_id:
+                raise VlmtuneError(f"sample {sample_id!r} of {name} is left out: {bad.sentence}")
     raise VlmtuneError(f"no sample with id {sample_id!r} in the training files of this config.")
 
 
 def histograms(config: Config, fitted: FittedData) -> list[Histogram]:
     """Lengths of every source that was counted."""
     limit = config.data.max_length
-    return [length_histogram(name, s.sentence(limit), s.tokens, limit) for name, s in fitted.surveys]
+    return [length_histogram(name, s.sentence(limit), s.lengths, limit) for name, s in fitted.surveys]
 
 
 def token_view(encoder: Encoder, fitted: Fitted) -> TokenView:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from vlmtune.build import build_encoder, resolve_model
+from vlmtune.data.grounding import coordinates
 from vlmtune.data.scenes import TASKS, SceneRecipe
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.metrics import score_task
@@ -70,7 +71,8 @@ def prior_scores(concepts: str, per_task: int) -> dict[str, float]:
         samples = [recipe.sample(task, index, "val") for index in range(per_task)]
         middle = [tuple(median(box[i] for box in boxes) for i in range(4))] if boxes else []
         texts = [replies.get(s.meta["question"], Counter(["none"])).most_common(1)[0][0] for s in samples]
-        for metric, value in score_task(task, texts, samples, [middle] * len(samples)).items():
+        scored = score_task(task, texts, samples, [middle] * len(samples), coordinates("bins").without_places)
+        for metric, value in scored.items():
             scores[f"{task}/{metric}"] = value
     return scores
 

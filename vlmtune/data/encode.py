@@ -126,6 +126,12 @@ class Encoder:
             )
         return encoded
 
+    def without_limit(self) -> Encoder:
+        """The same encoder for samples of any length."""
+        free = copy.copy(self)
+        free.max_length = None
+        return free
+
     def count(self, sample: Sample) -> int:
         """Tokens of `encode(sample)`, images included, without decoding one: their sizes stand in file headers."""
         images = self.pictures.measure(sample.images, sample.max_pixels, _where(sample))

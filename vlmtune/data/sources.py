@@ -10,7 +10,7 @@ from vlmtune.data.files import open_reader
 from vlmtune.data.prompts import SystemPrompt
 from vlmtune.data.rows import Row, format_of, parse_row
 from vlmtune.data.scenes import SceneRecipe
-from vlmtune.types import Sample, Text, Turn
+from vlmtune.types import Sample, Text, Turn, VlmtuneError
 
 
 class SampleSource(Protocol):
@@ -116,11 +116,15 @@ class FileSource:
 
     @property
     def format(self) -> str:
-        """ "OpenAI messages, JSONL, 1,204 rows". The conversation format is that of the first row."""
+        """ "OpenAI messages, JSONL, 1,204 rows". The conversation format is that of the first row, if it has one."""
         rows = f"{self._reader.size:,} rows" + (
             f", the first {self.size:,} used" if self.size < self._reader.size else ""
         )
-        return f"{format_of(self._reader.row(0))}, {self._reader.container}, {rows}"
+        try:
+            conversations = format_of(self._reader.row(0))
+        except VlmtuneError:  # whoever reads the row hears of it; a name for the log is not the place
+            conversations = "first row unreadable"
+        return f"{conversations}, {self._reader.container}, {rows}"
 
     def row(self, index: int) -> Row:
         """The row as the file holds it. Raises VlmtuneError where it is not even that."""

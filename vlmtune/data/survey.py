@@ -1,7 +1,9 @@
 """How long every sample is, and what the context window does to it: decided before training (SPEC A6, G1, G2).
 
-Nothing is decoded: image sizes come from file headers. The result is kept in the cache under the content of the data
-file and everything that changes a length, so a resumed run, and the next one, do not count again.
+Nothing is decoded: image sizes come from file headers. Only where bad rows are to be left out (data.on_bad_row: drop)
+is every image decoded and every row encoded, because otherwise training would meet them. The result is kept in the
+cache under the content of the data file and everything that changes a length, so a resumed run, and the next one, do
+not count again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Literal
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from vlmtune.data.check import RowCheck
 from vlmtune.data.encode import Encoder
 from vlmtune.data.index import keep_rows, kept_rows
 from vlmtune.data.loader import one_thread
@@ -55,16 +58,44 @@ class Overlong:
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """One row that training could not use. id: None where not even that could be read; code: of `check.CODES`."""
+
+    row: int
+    id: str | None
+    origin: str
+    code: str
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Survey:
-    """tokens: int32[rows], before any change; overlong: the samples above the limit, in the order of rows."""
+    """tokens: int32[rows], before any change, 0 for bad rows; overlong: the samples above the limit; bad: rows that
+    cannot be used (looked for with data.on_bad_row: drop alone). Both in the order of rows."""
 
     tokens: np.ndarray
     overlong: tuple[Overlong, ...]
+    bad: tuple[BadRow, ...] = ()
 
-    def sentence(self, max_length: int) -> str:
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32[rows that can be used]: tokens of each, before any change."""
+        return np.delete(self.tokens, [bad.row for bad in self.bad])
+
+    def bad_sentence(self) -> str:
+        """What stands in the log: "2 of 1,204 rows cannot be used and are left out (image_missing 2); first: …"."""
+        codes = ", ".join(f"{code} {n:,}" for code, n in Counter(bad.code for bad in self.bad).most_common())
+        return (
+            f"{len(self.bad):,} of {len(self.tokens):,} rows cannot be used and are left out ({codes}); "
+            f"first: {self.bad[0].sentence}"
+        )
+
+    def sentence(self, max_length: int | None) -> str:
         """What stands in the log: "3 of 1,204 samples exceed 2,048 tokens (longest 3,011): …"."""
-        size, count = len(self.tokens), len(self.overlong)
+        size, count = len(self.tokens) - len(self.bad), len(self.overlong)
         longest = int(self.tokens.max(initial=0))
+        if max_length is None:
+            return f"no limit of length (longest {longest:,} tokens of {size:,} samples)"
         if not count:
             return f"no sample exceeds {max_length:,} tokens (longest {longest:,} of {size:,})"
         actions = Counter("dropped" if o.is_dropped else " + ".join(o.actions) for o in self.overlong)
@@ -82,23 +113,26 @@ class Survey:
 
 
 class FittedSource:
-    """A source after the context window: rows that stay, brought to the limit where they were above it.
+    """A source without its bad rows and after the context window: rows that stay, brought to the limit where they were
+    above it. window: None without a limit.
 
     VlmtuneError at a sample that fitted when it was counted and does not any more: its images changed meanwhile.
     """
 
-    def __init__(self, source: SampleSource, survey: Survey, encoder: Encoder, window: Window, on_overlong: OnOverlong):
+    def __init__(
+        self, source: SampleSource, survey: Survey, encoder: Encoder, window: Window | None, on_overlong: OnOverlong
+    ):
         self._source, self._encoder, self._window = source, encoder, window
-        gone = {o.row for o in survey.overlong if on_overlong == "drop" or o.is_dropped}
-        self._trimmed = {o.row for o in survey.overlong} - gone
+        gone = {bad.row for bad in survey.bad}
+        self._trimmed: set[int] = set()
+        if on_overlong != "error":
+            gone |= {o.row for o in survey.overlong if on_overlong == "drop" or o.is_dropped}
+            self._trimmed = {o.row for o in survey.overlong} - gone
         self._rows = np.setdiff1d(np.arange(len(survey.tokens)), sorted(gone)) if gone else None
         self.name = source.name
         self.size = len(survey.tokens) - len(gone)
         if self.size == 0:
-            raise VlmtuneError(
-                f"{source.name}: every sample exceeds data.max_length {window.max_length} and would be left out; raise "
-                "it."
-            )
+            raise VlmtuneError(_nothing_left(source.name, survey, window))
 
     @property
     def format(self) -> str:
@@ -138,27 +172,32 @@ def fit(sample: Sample, encoder: Encoder, window: Window) -> Fitted:
 def survey_source(
     source: SampleSource,
     encoder: Encoder,
-    window: Window,
+    window: Window | None,
     cache: Path | None = None,
     workers: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
+    drop_bad: bool = False,
 ) -> Survey:
-    """Count every row of a finite source. cache: folder of surveys; progress: is told how many rows are done.
+    """Count every row of a finite source. window: None without a limit; cache: folder of surveys; progress: is told how
+    many rows are done; drop_bad: decode and encode every row of a file, and collect those that fail.
 
-    Raises VlmtuneError for the first row that cannot be read.
+    Raises VlmtuneError for the first row that cannot be read, unless drop_bad.
     """
-    key = None if cache is None or source.identity is None else _key(source, encoder, window)
+    key = None if cache is None or source.identity is None else _key(source, encoder, window, drop_bad)
     if key is not None and (kept := kept_rows(cache / key)) is not None:
         return _from_kept(*kept)
     tokens = np.zeros(source.size, dtype=np.int32)
     overlong: list[Overlong] = []
-    for first, counts, found in _counted(source, encoder, window, workers):
+    bad: list[BadRow] = []
+    check = RowCheck(source, source.name, encoder.without_limit()) if drop_bad else None
+    for first, counts, found, unusable in _counted(_Chunks(source, encoder, window, check), workers):
         tokens[first : first + len(counts)] = counts
         overlong += found
+        bad += unusable
         progress(first + len(counts))
-    if key is not None:
+    if key is not None and not bad:  # an image that was mended meanwhile must not stay left out
         keep_rows(cache / key, tokens, [asdict(o) for o in overlong])
-    return Survey(tokens, tuple(overlong))
+    return Survey(tokens, tuple(overlong), tuple(bad))
 
 
 def _from_kept(tokens: np.ndarray, rows: list[dict]) -> Survey:
@@ -166,11 +205,13 @@ def _from_kept(tokens: np.ndarray, rows: list[dict]) -> Survey:
     return Survey(tokens, tuple(Overlong(**row) for row in fields))
 
 
-def _counted(
-    source: SampleSource, encoder: Encoder, window: Window, workers: int
-) -> Iterator[tuple[int, list[int], list[Overlong]]]:
+_Chunk = tuple[int, list[int], list[Overlong], list[BadRow]]
+"""First row, tokens of CHUNK rows, those above the limit, those that cannot be used."""
+
+
+def _counted(chunks: _Chunks, workers: int) -> Iterator[_Chunk]:
     loader = DataLoader(
-        _Chunks(source, encoder, window),
+        chunks,
         batch_size=None,
         num_workers=workers,
         worker_init_fn=one_thread,
@@ -184,32 +225,55 @@ def _counted(
 
 @dataclass(frozen=True)
 class _Chunks(Dataset):
-    """`chunks[n]`: (first row, tokens of CHUNK rows, those above the limit), or the error that one of them is."""
+    """`chunks[n]`: a chunk of rows, or the error that one of them is. check: collects errors instead."""
 
     source: SampleSource
     encoder: Encoder
-    window: Window
+    window: Window | None
+    check: RowCheck | None
 
     def __len__(self) -> int:
         return -(-self.source.size // CHUNK)
 
-    def __getitem__(self, number: int) -> tuple[int, list[int], list[Overlong]] | VlmtuneError:
+    def __getitem__(self, number: int) -> _Chunk | VlmtuneError:
         first = number * CHUNK
         counts: list[int] = []
         found: list[Overlong] = []
+        unusable: list[BadRow] = []
         try:
             for row in range(first, min(first + CHUNK, self.source.size)):
-                sample = self.source[row]
-                counts.append(self.encoder.count(sample))
-                if counts[-1] > self.window.max_length:
+                bad, tokens = self._count(row)
+                unusable += [bad] if bad else []
+                counts.append(tokens)
+                if self.window is not None and tokens > self.window.max_length:
+                    sample = self.source[row]
                     found.append(Overlong.of(row, sample, fit(sample, self.encoder, self.window)))
         except VlmtuneError as error:
             return error
-        return first, counts, found
+        return first, counts, found, unusable
+
+    def _count(self, row: int) -> tuple[BadRow | None, int]:
+        if self.check is None:
+            return None, self.encoder.count(self.source[row])
+        checked = self.check(row)
+        wrong = next((finding for finding in checked.findings if finding.severity == "error"), None)
+        if wrong is not None:
+            return BadRow(row, wrong.id, wrong.origin, wrong.code, wrong.sentence), 0
+        return None, checked.tokens
 
 
-def _key(source: SampleSource, encoder: Encoder, window: Window) -> str:
-    parts = [source.identity, source.size, encoder.identity, window.max_length, window.reply_reserve]
+def _nothing_left(name: str, survey: Survey, window: Window | None) -> str:
+    if len(survey.bad) == len(survey.tokens):
+        return (
+            f"{name}: no row can be used (first: {survey.bad[0].sentence.rstrip('.')}); vlmtune check-data lists all."
+        )
+    rest = "every sample" if not survey.bad else f"every sample that can be used ({len(survey.lengths):,})"
+    return f"{name}: {rest} exceeds data.max_length {window.max_length} and would be left out; raise it."
+
+
+def _key(source: SampleSource, encoder: Encoder, window: Window | None, decoded: bool) -> str:
+    limits = [None, None] if window is None else [window.max_length, window.reply_reserve]
+    parts = [source.identity, source.size, encoder.identity, *limits, decoded]
     return "lengths-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -228,8 +292,12 @@ def refuse_overlong(surveys: Sequence[tuple[str, Survey]], max_length: int) -> N
 
 def change_records(name: str, survey: Survey, on_overlong: OnOverlong) -> tuple[list[dict], list[dict]]:
     """Rows of dropped.jsonl and of changed.jsonl for one source."""
-    dropped, changed = [], []
-    for o in survey.overlong:
+    dropped: list[dict] = [
+        {"source": name, "id": bad.id, "origin": bad.origin, "tokens": None, "reason": bad.sentence}
+        for bad in survey.bad
+    ]
+    changed: list[dict] = []
+    for o in survey.overlong if on_overlong != "error" else ():
         whole = {"source": name, "id": o.id, "origin": o.origin, "tokens": o.tokens}
         if on_overlong == "drop" or o.is_dropped:
             why = o.details[-1] if o.is_dropped and on_overlong == "trim" else "longer than data.max_length"
