@@ -31,6 +31,7 @@ from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from vlmtune.types import VlmtuneError
 
 FORMAT = 1
+OTHER = "name another checkpoint, or delete this folder and the run continues from the one before"
 NO_NEW_TOKENS = {"first": 0, "texts": []}  # of checkpoints written before there were any
 
 
@@ -103,12 +104,12 @@ def read_state(folder: Path) -> dict:
     except FileNotFoundError as error:
         raise VlmtuneError(f"{folder} is not a checkpoint: {path.name} is missing.") from error
     except ValueError as error:
-        raise VlmtuneError(f"{path} is damaged ({error}); use another checkpoint.") from error
+        raise VlmtuneError(f"{path} is damaged ({error}); {OTHER}.") from error
     written_as = described.get("format") if isinstance(described, dict) else None
     if written_as != FORMAT:
         raise VlmtuneError(f"{path} has format {written_as!r}, not {FORMAT}; use the version that wrote it.")
     if described.pop("checksum", None) != _checksum(described):
-        raise VlmtuneError(f"{path} is damaged (its checksum differs); use another checkpoint.")
+        raise VlmtuneError(f"{path} is damaged (its checksum differs); {OTHER}.")
     return described
 
 
@@ -208,16 +209,16 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
-        raise VlmtuneError(f"{path} is missing or damaged ({error}); use another checkpoint.") from error
+        raise VlmtuneError(f"{path} is missing or damaged ({error}); {OTHER}.") from error
 
 
 def _verify(folder: Path, described: dict) -> None:
     for name, digest in described["files"].items():
         path = folder / name
         if not path.is_file():
-            raise VlmtuneError(f"{path} is missing; use another checkpoint.")
+            raise VlmtuneError(f"{path} is missing; {OTHER}.")
         if _digest(path) != digest:
-            raise VlmtuneError(f"{path} is damaged (its checksum differs); use another checkpoint.")
+            raise VlmtuneError(f"{path} is damaged (its checksum differs); {OTHER}.")
 
 
 def _digest(path: Path) -> str:

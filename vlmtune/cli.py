@@ -66,7 +66,7 @@ def predict(
     image: Annotated[Path, typer.Argument(help="an image file")],
     prompt: Annotated[str, typer.Argument(help="what to ask")],
     model: Annotated[str, typer.Option(help="model folder, hub name, run folder, or embedded")] = "embedded",
-    checkpoint: Annotated[str, typer.Option(help="for a run folder: latest, best, step_…")] = "latest",
+    checkpoint: Annotated[str | None, typer.Option(help="of a run folder: latest (default), best, step_…")] = None,
     region: Annotated[
         str | None, typer.Option(help="x1,y1,x2,y2 in pixels: what [region] in the prompt refers to")
     ] = None,

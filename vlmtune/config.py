@@ -35,10 +35,17 @@ def _checked(parse: Callable[[Any], Any]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _parts_of_metrics(name: str) -> None:
+    """Metrics are called group/task/metric."""
+    if not name or "/" in name:
+        raise VlmtuneError("a name is not empty and has no slash, because metrics are called group/task/metric")
+
+
 ScheduleValue = Annotated[float | list[tuple[float, float]], _checked(piecewise)]
 LengthValue = Annotated[str | float, _checked(Length.parse)]
 INHERIT = "default"
 SystemValue = Annotated[str, _checked(lambda wish: None if wish == INHERIT else system_prompt(wish))]
+Name = Annotated[str, _checked(_parts_of_metrics)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SomeLength = Annotated[str | float, _checked(Length.parse_positive)]
 
@@ -57,7 +64,7 @@ class Source(Strict):
         None, description="folder that relative image paths start from (default: the file's)"
     )
     scenes: Literal["base", "new", "all"] | None = Field(None, description="endless generated scenes: concept group")
-    task: str | None = Field(None, description="task name: which scenes to draw, or the name for rows without one")
+    task: Name | None = Field(None, description="task name: which scenes to draw, or the name for rows without one")
     weight: ScheduleValue = Field(1.0, description="share of the mixture; [[progress, weight], …] moves it")
     limit: int | None = Field(None, ge=1, description="use only the first N rows (of scenes: draw only N)")
     split: str = Field("train", description="of a folder or hub data set; of scenes: train or val (not for one file)")
@@ -86,7 +93,9 @@ class Source(Strict):
 
 class Data(Strict):
     train: list[Source] = Field(min_length=1)
-    eval: dict[str, list[Source]] = Field(default_factory=dict, description="held-out groups by name")
+    eval: dict[Name, Annotated[list[Source], Field(min_length=1)]] = Field(
+        default_factory=dict, description="held-out groups by name"
+    )
     max_length: int | None = Field(2048, ge=8, description="tokens per sample, images included")
     system: SystemValue | None = Field(
         None, description="system prompt of conversations without one: a name (vlmtune prompts), file:path, or a text"
@@ -192,14 +201,14 @@ class Evaluate(Strict):
 
 
 class Config(Strict):
-    model: str = Field(description='folder, hub name, "embedded", or "embedded_untrained"')
+    model: str = Field(min_length=1, description='folder, hub name, "embedded", or "embedded_untrained"')
     data: Data
     plan: list[Rule] = Field(min_length=1, description="ordered rules over canonical parameter names; first match wins")
     optim: Optim = Optim()
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
-    run: str = Field("runs/run", description="run folder")
+    run: str = Field("runs/run", min_length=1, description="run folder")
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Config:

@@ -172,7 +172,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         for observer in observers[:2]:
             observer.on_eval(state, after.metrics)
     board.close()
-    before = json.loads(before_file.read_text()) if before_file.exists() else None
+    before = read_before(before_file)
     summary = summarise(before, after, state, settings.total_steps, by_source(state.samples))
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     if after is not None:
@@ -217,6 +217,19 @@ def _what_differs(folder: Path, config: Config) -> str:
     return (
         f": {', '.join(keys[:KEYS_NAMED])}{more}" if keys else " (no key differs: another version of vlmtune wrote it)"
     )
+
+
+def read_before(path: Path) -> dict | None:
+    """What was measured before training; None where nothing was. Raises VlmtuneError for a damaged file."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise VlmtuneError(
+            f"{path} is damaged ({error}); delete it and run the same command again: the report then has no figures "
+            "from before training."
+        ) from error
 
 
 def require_same_rows(folder: Path, changed: dict[str, str]) -> None:

@@ -116,26 +116,32 @@ def predict(
     image: Path,
     prompt: str,
     model: str,
-    checkpoint: str,
+    checkpoint: str | None,
     region: str | None,
     max_new_tokens: int,
     system: str | None = None,
 ) -> Prediction:
     """The reply and what it points at. `[region]` in the prompt stands for `region` "x1,y1,x2,y2".
 
+    checkpoint: of a run (None: the latest); refused for any other model.
     system: a system prompt as in a config; None: that of the run, if `model` is one.
     """
     if not image.is_file():
         raise VlmtuneError(f"image {image} does not exist.")
-    if Path(model, "config.yaml").is_file():
-        loaded = load_run(Path(model), checkpoint)
+    if not prompt.strip():
+        raise VlmtuneError("the prompt is empty; write what to ask.")
+    is_run = Path(model, "config.yaml").is_file()
+    if checkpoint is not None and not is_run:
+        raise VlmtuneError(f"--checkpoint {checkpoint}: {model} is not a run folder; leave it out, or pass the run.")
+    parts = [ImageRef(image), *_prompt_parts(prompt, region)]
+    if is_run:
+        loaded = load_run(Path(model), checkpoint or "latest")
         network, encoder = loaded.model, loaded.encoder
         system = loaded.config.data.system if system is None else system
     else:
         path = resolve_model(model)
         network = load_model(path).eval()
         encoder = build_encoder(load_processor(path), network)
-    parts = [ImageRef(image), *_prompt_parts(prompt, region)]
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
     if system is not None:
         sample = with_system(sample, system_prompt(system))
@@ -147,12 +153,16 @@ def predict(
 
 def _prompt_parts(prompt: str, region: str | None) -> list[Text | Boxes]:
     if region is None:
+        if "[region]" in prompt:
+            raise VlmtuneError("the prompt says [region], but no --region was given; write --region x1,y1,x2,y2.")
         return [Text(prompt)]
     numbers = region.split(",")
     try:
         x1, y1, x2, y2 = (float(n) for n in numbers)
     except ValueError as error:
         raise VlmtuneError(f"--region {region!r}: write x1,y1,x2,y2 in pixels.") from error
+    if x2 < x1 or y2 < y1:
+        raise VlmtuneError(f"--region {region!r}: x2 is below x1, or y2 below y1; write left,top,right,bottom.")
     before, mark, after = prompt.partition("[region]")
     if not mark:
         raise VlmtuneError("--region was given, but the prompt does not say [region]; put it where the box belongs.")
@@ -204,9 +214,9 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
             raise VlmtuneError(
                 "export: every tensor equals the base model's; nothing was trained, nothing was exported."
             )
-        proof = {"run": str(run), "checkpoint": checkpoint, "merged_modules": merged, "changed_tensors": changed,
-                 "tensors": len(before), "new_tokens": len(base.new_tokens), "relative_logit_gap": gap,
-                 "system": _system_text(loaded.config)}  # fmt: skip
+        proof = {"run": str(run), "checkpoint": _step_of(run, checkpoint), "merged_modules": merged,
+                 "changed_tensors": changed, "tensors": len(before), "new_tokens": len(base.new_tokens),
+                 "relative_logit_gap": gap, "system": _system_text(loaded.config)}  # fmt: skip
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
         for file in draft.iterdir():  # safetensors writes files that only their owner may read
             shutil.copymode(draft / "vlmtune_export.json", file)
@@ -219,6 +229,11 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
         highlight=False,
     )
     return proof
+
+
+def _step_of(run: Path, checkpoint: str) -> str:
+    """The name that does not move on with the run: "step_000100" for "latest"."""
+    return checkpoint if checkpoint == "base" else find_checkpoint(run, checkpoint).resolve().name
 
 
 def _stop_at_end_of_reply(loaded: Loaded) -> None:

@@ -63,7 +63,7 @@ def open_reader(path: Path | str, split: str = "train", cache: Path | None = Non
     if path.is_dir():
         return _open_folder(path, split, cache)
     if not path.is_file():
-        raise VlmtuneError(f"data file {path} does not exist.")
+        raise VlmtuneError(f"data file {path} does not exist.{_remedy(path)}")
     if split != "train":
         raise VlmtuneError(f"data file {path} has no split {split!r}: a file is its own split; name the file of it.")
     return _open_file(path, cache)
@@ -264,6 +264,12 @@ class Chain:
         number = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[number - 1]) if number else 0
         return self._readers[number].row(index - before)
+
+
+def _remedy(path: Path) -> str:
+    if "demo-data" in path.parts:
+        return " The demo's files are written by: vlmtune scenes runs/demo-data (make demo does it)."
+    return " Relative paths start where the command runs." if not path.is_absolute() else ""
 
 
 def _open_folder(folder: Path, split: str, cache: Path | None) -> Reader:
