@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,36 @@ def test_a_region_outside_the_image_is_refused(vlmtune, rows, tiny_folder):
     assert vlmtune(*asked, "10,10,50,40", "--max-new-tokens", 1)[0] == 0
     code, _, err = vlmtune(*asked, "10,10,500,40")
     assert code == 1 and "sticks out of its image of 64x48 pixels" in err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "complaint"),
+    [
+        ("what is at [region]", ["--region", "40,10,10,40"], "x2 is below x1"),
+        ("what is at [region]", [], "no --region was given"),
+        ("what is there", ["--region", "1,1,9,9"], "the prompt does not say [region]"),
+        (" ", [], "the prompt is empty"),
+        ("what is there", ["--checkpoint", "best"], "is not a run folder"),
+    ],
+)
+def test_a_question_that_cannot_be_meant_is_refused(vlmtune, rows, tiny_folder, prompt, options, complaint):
+    code, out, err = vlmtune("predict", rows.parent / "0.png", prompt, "--model", tiny_folder("llava"), *options)
+    assert (code, out) == (1, "") and complaint in err
+
+
+def test_a_damaged_newest_checkpoint_can_be_taken_away(config, run, vlmtune):
+    newest = run / "checkpoints" / "step_000004"
+    (newest / "trained.safetensors").write_bytes(b"nothing")
+    code, _, err = vlmtune("train", config)
+    assert code == 1 and "delete this folder and the run continues from the one before" in err
+    shutil.rmtree(newest)
+    code, out, err = vlmtune("train", config)
+    assert (code, err) == (0, "") and "step 4/4" in out
+    (run / "before.json").write_text("{")
+    code, _, err = vlmtune("train", config)
+    assert code == 1 and "before.json is damaged" in err and "delete it" in err
+    (run / "before.json").unlink()
+    assert vlmtune("train", config)[0] == 0
 
 
 def test_inspect(config, vlmtune, tmp_path):
