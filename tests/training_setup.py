@@ -124,7 +124,7 @@ def loss_and_gradients(model: nn.Module, batches: Sequence[Batch]) -> tuple[floa
     weights = module.objective.weights(batches)
     loss = 0.0
     for batch in batches:
-        total = sum(module(batch, weights).values())
+        total = module(batch, weights).total
         total.backward()
         loss += float(total.detach())
     return loss, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}

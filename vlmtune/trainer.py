@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from vlmtune.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from vlmtune.losses.objective import Objective
+from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import set_learning_rates
@@ -61,8 +62,39 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.vlm, self.objective = vlm, objective
 
-    def forward(self, batch: Batch, weights: dict[str, float]) -> dict[str, Tensor]:
-        return self.objective(self.vlm(batch), self.vlm.head, batch, weights)
+    def forward(self, batch: Batch, step: StepWeights) -> Losses:
+        return self.objective(self.vlm(batch, step.kinds), self.vlm.head, batch, step)
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Of one optimizer step: what was minimised, and the mean of every task, weighted by kind of token and plain."""
+
+    total: float
+    tasks: dict[str, float]
+    plain: dict[str, float]
+
+    @classmethod
+    def of(cls, parts: Sequence[Losses]) -> StepLosses:
+        """Add up the micro-batches, with one wait for the device."""
+        named = [
+            (key, value)
+            for part in parts
+            for key, value in [
+                (("total", ""), part.total),
+                *((("task", name), value) for name, value in part.tasks.items()),
+                *((("plain", name), value) for name, value in part.plain.items()),
+            ]
+        ]
+        sums: dict[tuple[str, str], float] = {}
+        values = torch.stack([value for _, value in named]).tolist()
+        for (key, _), value in zip(named, values, strict=True):
+            sums[key] = sums.get(key, 0.0) + value
+        return cls(
+            sums[("total", "")],
+            {name: value for (group, name), value in sums.items() if group == "task"},
+            {name: value for (group, name), value in sums.items() if group == "plain"},
+        )
 
 
 class Trainer:
@@ -127,26 +159,34 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step: count weights, forward and backward each micro-batch, clip, refuse or update."""
         lr = set_learning_rates(self.optimizer, self.settings.schedule(self.state.step))
-        weights = self.module.objective.weights(micro_batches)
-        losses: dict[str, Tensor] = {}
+        objective = self.module.objective
+        weights = objective.weights(micro_batches, self.state.step / self.settings.total_steps)
+        parts: list[Losses] = []
         for batch in micro_batches:
             with autocast(self.settings.precision, self.device):
-                terms = self.module(batch.to(self.device), weights)  # sums / global weight: they add up
-            torch.stack(list(terms.values())).sum().backward()
-            for name, value in terms.items():
-                losses[name] = losses.get(name, 0) + value.detach()
+                losses = self.module(batch.to(self.device), weights)  # sums / global weight: they add up
+            losses.total.backward()
+            parts.append(losses.detach())
+        sums = StepLosses.of(parts)
         if self.state.step == 0:
             self.refuse_missing_gradients()
         norms = clip_gradients(self.groups, self.settings.clip)
-        self.refuse_not_finite(losses, norms, micro_batches)
+        self.refuse_not_finite(sums, norms, micro_batches)
+        coefficients = objective.balance.coefficients(weights.tasks)
+        objective.balance.before_update(sums.tasks)
         self.optimizer.step()
+        objective.balance.after_update()
         self.optimizer.zero_grad()
         self.state.step += 1
         samples = sum(len(batch.sample_ids) for batch in micro_batches)
         tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in micro_batches)
         self.state.samples += samples
         self.state.tokens += tokens
-        return {"losses": losses, "weights": weights, "norms": norms, "lr": lr, "samples": samples, "tokens": tokens}
+        return {
+            "loss": sums.total, "losses": sums.tasks, "plain": sums.plain, "weights": weights.tasks,
+            "supervised": weights.tokens, "coefficients": coefficients,
+            "norms": norms, "lr": lr, "samples": samples, "tokens": tokens,
+        }  # fmt: skip
 
     def refuse_missing_gradients(self) -> None:
         """After the first backward every parameter meant to train has a gradient, or the run stops and names it."""
@@ -157,12 +197,12 @@ class Trainer:
                 f"first {missing[0]}; freeze them, or check that the data reaches that part (vision needs images)."
             )
 
-    def refuse_not_finite(self, losses: dict[str, Tensor], norms: dict[str, Tensor], batches: list[Batch]) -> None:
+    def refuse_not_finite(self, sums: StepLosses, norms: dict[str, Tensor], batches: list[Batch]) -> None:
         """Stop before the update when a loss or gradient norm is NaN or infinite."""
-        if bool(torch.isfinite(norms["total"] + sum(losses.values()))):
+        if math.isfinite(float(norms["total"]) + sums.total):
             return
         bad = [rule for rule, norm in norms.items() if rule != "total" and not bool(torch.isfinite(norm))]
-        tasks = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
+        tasks = [name for name, loss in sums.tasks.items() if not math.isfinite(loss)]
         ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
         shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
         raise VlmtuneError(

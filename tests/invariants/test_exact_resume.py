@@ -32,7 +32,7 @@ class Losses:
         self.seen: dict[int, float] = {}
 
     def on_step(self, state, metrics) -> None:
-        self.seen[state.step] = float(sum(metrics["losses"].values()))
+        self.seen[state.step] = metrics["loss"]
 
     def on_eval(self, state, metrics) -> None: ...
 

@@ -1,37 +1,86 @@
-"""What is minimised: sums of token losses over the global weight of the optimizer step (DESIGN idea 2)."""
+"""What is minimised: sums of token losses over the global weights of the optimizer step (DESIGN idea 2; SPEC B3-B8)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vlmtune.losses.balance import Balance, ByTokens
 from vlmtune.losses.language import token_cross_entropy
-from vlmtune.types import Batch, supervised_mask
+from vlmtune.losses.weights import TokenWeights
+from vlmtune.types import Batch, token_weights
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """What the sums of one optimizer step are divided by, counted over all of its micro-batches.
+
+    kinds: float32[len(Kind)], the weight of every kind of token at this progress; tasks: sum of token weights of each
+    task; tokens: how many tokens carry loss, by task; micro_batches: how many there are.
+    """
+
+    kinds: Tensor
+    tasks: dict[str, float]
+    tokens: dict[str, int]
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one micro-batch. All of it adds up over the micro-batches of a step.
+
+    total: what is differentiated; tasks: share in the mean loss of every task, weighted by kind of token, with
+    gradient; plain: the same means without weights, detached.
+    """
+
+    total: Tensor
+    tasks: dict[str, Tensor]
+    plain: dict[str, Tensor]
+
+    def detach(self) -> Losses:
+        """The same numbers without the graph behind them."""
+        return Losses(self.total.detach(), {task: loss.detach() for task, loss in self.tasks.items()}, self.plain)
 
 
 class Objective(nn.Module):
-    """Next-token cross-entropy, split by task. Every term is a sum divided by the weight of the whole step."""
+    """Next-token cross-entropy, weighted by kind of token, averaged by task, and balanced between tasks.
 
-    def weights(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Supervised tokens of each task in all micro-batches of the step, counted before the first forward."""
-        counts: Counter[str] = Counter()
+    weights: of tokens, by kind; balance: how the mean losses of tasks become one number (default: every token counts
+    the same, whatever its task). What a balance learns is a parameter of this module.
+    """
+
+    def __init__(self, weights: TokenWeights | None = None, balance: Balance | None = None):
+        super().__init__()
+        self.token_weights = weights or TokenWeights()
+        self.balance = balance or ByTokens()
+
+    def weights(self, micro_batches: Sequence[Batch], progress: float = 0.0) -> StepWeights:
+        """Count what the step divides by, before its first forward. progress: in [0, 1]."""
+        kinds = self.token_weights.at(progress)
+        sums: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
         for batch in micro_batches:
-            per_row = supervised_mask(batch.kinds[:, 1:]).sum(dim=1).tolist()
-            for task, count in zip(batch.tasks, per_row, strict=True):
-                counts[task] += count
-        return dict(counts)
+            weights = token_weights(batch.kinds[:, 1:], kinds)
+            rows = zip(batch.tasks, weights.sum(dim=1).tolist(), (weights > 0).sum(dim=1).tolist(), strict=True)
+            for task, weight, count in rows:
+                sums[task] += weight
+                tokens[task] += count
+        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches))
 
-    def forward(self, states, head: nn.Module, batch: Batch, weights: dict[str, float]) -> dict[str, Tensor]:
-        """{"language/<task>": float32 scalar}; over the micro-batches of a step they add up to the mean token loss.
-
-        states: `models.vlm.Supervised` of this micro-batch; weights: of the whole step.
-        """
+    def forward(self, states, head: nn.Module, batch: Batch, step: StepWeights) -> Losses:
+        """states: `models.vlm.Supervised` of this micro-batch, made with `step.kinds`."""
         losses = token_cross_entropy(states.hidden, head, states.targets)
-        total = sum(weights.values())
-        names = sorted(set(batch.tasks))
-        index = torch.tensor([names.index(task) for task in batch.tasks], device=losses.device)
-        sums = torch.zeros(len(names), device=losses.device).index_add(0, index[states.row], losses)
-        return {f"language/{name}": sums[n] / total for n, name in enumerate(names)}
+        names = sorted({task for task in batch.tasks if step.tasks[task] > 0})
+        index = torch.tensor([names.index(t) if t in names else 0 for t in batch.tasks], device=losses.device)
+        zeros = torch.zeros(len(names), device=losses.device)
+        weighted = zeros.index_add(0, index[states.row], losses * states.weights)
+        plain = zeros.index_add(0, index[states.row], losses.detach())
+        tasks = {name: weighted[n] / step.tasks[name] for n, name in enumerate(names)}
+        total = self.balance(tasks, step.tasks, step.micro_batches)
+        if not names:  # nothing of this micro-batch carries loss: the graph must still reach every parameter
+            total = total + 0.0 * losses.sum()
+        return Losses(total, tasks, {name: plain[n] / step.tokens[name] for n, name in enumerate(names)})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlmtune.types import Batch, VlmtuneError, supervised_mask
+from vlmtune.types import Batch, VlmtuneError, supervised_mask, token_weights
 
 
 @dataclass
@@ -17,13 +17,14 @@ class Supervised:
     """The positions of a micro-batch that carry loss (N of them, in row-major order).
 
     hidden float[N, D]: the state that predicts the token; targets int64[N]: the token; kinds int8[N]; row int64[N]:
-    which sample of the micro-batch it belongs to.
+    which sample of the micro-batch it belongs to; weights float32[N]: above 0.
     """
 
     hidden: Tensor
     targets: Tensor
     kinds: Tensor
     row: Tensor
+    weights: Tensor
 
 
 class VLM(nn.Module):
@@ -43,16 +44,22 @@ class VLM(nn.Module):
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
-    def forward(self, batch: Batch) -> Supervised:
-        """Run the body (vision tower, projector, language model) once; no logits are made."""
+    def forward(self, batch: Batch, kind_weights: Tensor | None = None) -> Supervised:
+        """Run the body (vision tower, projector, language model) once; no logits are made.
+
+        kind_weights: float32[len(Kind)] of `TokenWeights.at`; None: 1 for every supervised kind.
+        """
         states = self.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
-        carries = supervised_mask(batch.kinds[:, 1:])
+        kinds = batch.kinds[:, 1:]
+        weights = supervised_mask(kinds).float() if kind_weights is None else token_weights(kinds, kind_weights)
+        carries = weights > 0
         row = torch.arange(len(batch.kinds), device=states.device).unsqueeze(1).expand_as(carries)[carries]
         return Supervised(
             hidden=states[:, :-1][carries],
             targets=batch.inputs["input_ids"][:, 1:][carries],
-            kinds=batch.kinds[:, 1:][carries],
+            kinds=kinds[carries],
             row=row,
+            weights=weights[carries],
         )
 
 

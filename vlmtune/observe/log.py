@@ -47,31 +47,53 @@ class History:
 
 
 def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of history over the steps since the last one; means are weighted by tokens, times are sums."""
-    tokens: dict[str, float] = {}
-    sums: dict[str, float] = {}
+    """One line of history over the steps since the last one; means are weighted by tokens, times are sums.
+
+    loss, loss_by_task: tokens weighted by kind; loss_plain, loss_plain_by_task: the same tokens, all weights 1.
+    """
+    weighted, plain = _Means(), _Means()
     for step in steps:
-        total = sum(step["weights"].values())
-        for task, count in step["weights"].items():
-            tokens[task] = tokens.get(task, 0) + count
-            sums[task] = sums.get(task, 0.0) + float(step["losses"].get(f"language/{task}", 0.0)) * total
+        weighted.add(step["losses"], step["weights"])
+        plain.add(step["plain"], step["supervised"])
     seconds = sum(step["step_seconds"] for step in steps)
     last = steps[-1]
     return {
         "kind": "train",
         "step": state.step,
         "samples": state.samples,
-        "loss": sum(sums.values()) / max(1, sum(tokens.values())),
-        "loss_by_task": {task: sums[task] / count for task, count in sorted(tokens.items()) if count},
+        "loss": weighted.of_all(),
+        "loss_by_task": weighted.by_task(),
+        "loss_plain": plain.of_all(),
+        "loss_plain_by_task": plain.by_task(),
+        "task_weights": last["coefficients"],
         "lr": last["lr"],
         "norm": float(last["norms"]["total"]),
         "norm_by_rule": {rule: float(norm) for rule, norm in last["norms"].items() if rule != "total"},
-        "supervised_tokens_per_second": sum(tokens.values()) / seconds,
+        "supervised_tokens_per_second": sum(plain.weights.values()) / seconds,
         "tokens_per_second": sum(step["tokens"] for step in steps) / seconds,
         "samples_per_second": sum(step["samples"] for step in steps) / seconds,
         "data_wait": sum(step["data_wait"] for step in steps) / seconds,
         "seconds": state.seconds,
     }
+
+
+class _Means:
+    """Means of several steps, each weighted by what it was a mean over."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, means: dict[str, float], weights: dict[str, float]) -> None:
+        for task, mean in means.items():
+            self.sums[task] = self.sums.get(task, 0.0) + mean * weights[task]
+            self.weights[task] = self.weights.get(task, 0.0) + weights[task]
+
+    def of_all(self) -> float:
+        return sum(self.sums.values()) / max(1e-9, sum(self.weights.values()))
+
+    def by_task(self) -> dict[str, float]:
+        return {task: self.sums[task] / weight for task, weight in sorted(self.weights.items()) if weight}
 
 
 def eval_record(state, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +144,9 @@ class TensorBoard:
         if state.step % self.log_every:
             return
         record = train_record(state, [metrics])
-        for name in ("loss", "norm", "tokens_per_second", "samples_per_second", "data_wait"):
+        for name in ("loss", "loss_plain", "norm", "tokens_per_second", "samples_per_second", "data_wait"):
             self._writer.add_scalar(f"train/{name}", record[name], state.step)
-        for group in ("loss_by_task", "lr", "norm_by_rule"):
+        for group in ("loss_by_task", "task_weights", "lr", "norm_by_rule"):
             for name, value in record[group].items():
                 self._writer.add_scalar(f"{group}/{name}", value, state.step)
         for name, count in self._by_source(state.samples).items():

@@ -20,10 +20,11 @@ def state(step: int) -> SimpleNamespace:
 def metrics(caption: tuple[float, int], vqa: tuple[float, int] | None = None, seconds: float = 0.5) -> dict:
     """(mean token loss, supervised tokens) of each task in one step, as `Trainer.train_step` reports it."""
     parts = {"caption": caption} | ({"vqa": vqa} if vqa else {})
-    total = sum(tokens for _, tokens in parts.values())
+    means = {task: mean for task, (mean, _) in parts.items()}
+    tokens = {task: n for task, (_, n) in parts.items()}
     return {
-        "losses": {f"language/{task}": torch.tensor(mean * n / total) for task, (mean, n) in parts.items()},
-        "weights": {task: n for task, (_, n) in parts.items()},
+        "losses": means, "plain": {task: 2 * mean for task, mean in means.items()},
+        "weights": {task: n / 4 for task, n in tokens.items()}, "supervised": tokens, "coefficients": {"caption": 0.5},
         "norms": {"language": torch.tensor(3.0), "projector": torch.tensor(4.0), "total": torch.tensor(5.0)},
         "lr": {"language": 1e-3, "projector": 1e-4},
         "samples": 4, "tokens": 100, "data_wait": 0.1, "step_seconds": seconds,
@@ -35,11 +36,13 @@ def by_source(samples: int) -> dict[str, int]:
 
 
 def test_means_are_weighted_by_tokens():
-    """Losses were sums over the step's weight; the record holds the mean over all tokens since the last one."""
+    """The record holds the means over all tokens since the last one."""
     record = train_record(state(2), [metrics((2.0, 30), (1.0, 10)), metrics((4.0, 10), seconds=1.5)])
-    # float32 losses: 7 digits
     assert record["loss"] == pytest.approx((2.0 * 30 + 1.0 * 10 + 4.0 * 10) / 50, rel=1e-6)
     assert record["loss_by_task"] == pytest.approx({"caption": (60 + 40) / 40, "vqa": 1.0}, rel=1e-6)
+    assert record["loss_plain"] == pytest.approx(2 * record["loss"])
+    assert record["loss_plain_by_task"] == pytest.approx({"caption": 2 * (60 + 40) / 40, "vqa": 2.0})
+    assert record["task_weights"] == {"caption": 0.5}
     assert record["tokens_per_second"] == 100 and record["samples_per_second"] == 4
     assert record["supervised_tokens_per_second"] == 25 and record["data_wait"] == pytest.approx(0.1)
     assert record["norm"] == 5 and record["norm_by_rule"] == {"language": 3, "projector": 4}
