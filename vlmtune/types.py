@@ -42,9 +42,13 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text. Whatever it looks like ("<image>", "<|im_end|>"), it stays text."""
+    """Plain text. Whatever it looks like ("<image>", "<|im_end|>"), it stays text.
+
+    entity: a key entity of the reply it stands in; a part of the text before and behind it, not a text of its own.
+    """
 
     text: str
+    entity: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,19 @@ from PIL import Image
 from vlmtune import __version__
 from vlmtune.data.coordinates import Coordinates
 from vlmtune.data.pictures import Pictures, ProcessedImages
-from vlmtune.types import Boxes, Encoded, ImageName, ImageRef, Kind, Points, Sample, Text, Turn, VlmtuneError
+from vlmtune.types import (
+    SUPERVISED,
+    Boxes,
+    Encoded,
+    ImageName,
+    ImageRef,
+    Kind,
+    Points,
+    Sample,
+    Text,
+    Turn,
+    VlmtuneError,
+)
 
 # Unicode noncharacters, never part of text: OPEN index CLOSE text OPEN CLOSE around each part
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -232,12 +244,13 @@ class Encoder:
             inline = False
             for part in turn.parts:
                 if not isinstance(part, ImageRef) or part.id is not None:
-                    # a place or a name inside a text is no text of its own to the template, which may trim each one
-                    if entries and entries[-1] is not None and (inline or not isinstance(part, Text)):
+                    # what stands inside a text is no text of its own to the template, which may trim each one
+                    within = not isinstance(part, Text) or part.entity
+                    if entries and entries[-1] is not None and (inline or within):
                         entries[-1].append(len(parts))
                     else:
                         entries.append([len(parts)])
-                    inline = not isinstance(part, Text)
+                    inline = within
                     parts.append(self._part_piece(sample, turn, index, part, images))
                 if isinstance(part, ImageRef):
                     entries.append(None)
@@ -256,7 +269,8 @@ class Encoder:
         if isinstance(part, (Text, ImageName)):
             if OPEN in part.text or CLOSE in part.text:
                 raise VlmtuneError(f"{_where(sample)}: text holds U+FDD0 or U+FDD1, reserved by Unicode; remove them.")
-            return Piece(part.text, plain, index)
+            is_entity = plain == Kind.RESPONSE and isinstance(part, Text) and part.entity
+            return Piece(part.text, Kind.ENTITY if is_entity else plain, index)
         if isinstance(part, (Boxes, Points)):
             if part.image >= len(images.geometry):
                 what = "box" if isinstance(part, Boxes) else "point"
@@ -527,7 +541,7 @@ def _supervise_end_of_turn(pieces: list[Piece], control_re: re.Pattern, sample: 
     out: list[Piece] = []
     for n, piece in enumerate(pieces):
         reply = out[-1] if out else None
-        if piece.kind == Kind.SPECIAL and reply is not None and reply.kind in (Kind.RESPONSE, Kind.BOX, Kind.UNTRAINED):
+        if piece.kind == Kind.SPECIAL and reply is not None and reply.kind in (*SUPERVISED, Kind.UNTRAINED):
             match = control_re.search(piece.text)
             if match is None or piece.text[: match.start()].strip():
                 raise VlmtuneError(
@@ -540,7 +554,7 @@ def _supervise_end_of_turn(pieces: list[Piece], control_re: re.Pattern, sample: 
             if match.end() < len(piece.text):
                 out.append(Piece(piece.text[match.end() :], Kind.SPECIAL, control=True))
         else:
-            if n == len(pieces) - 1 and piece.kind in (Kind.RESPONSE, Kind.BOX):
+            if n == len(pieces) - 1 and piece.kind in SUPERVISED:
                 raise VlmtuneError(f"{_where(sample)}: the chat template writes no end-of-turn token after the reply.")
             out.append(piece)
     return out

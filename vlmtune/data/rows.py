@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from vlmtune.data.entities import entity_pattern, mark_entities
 from vlmtune.data.strict_json import excerpt, loads
 from vlmtune.types import Boxes, ImageName, ImageRef, Part, Points, Role, Sample, Text, Turn, VlmtuneError
 
@@ -92,7 +93,8 @@ def parse_row(row: Row, roots: Sequence[Path], task: str) -> Sample:
     _check_turns(sample, where)
     _check_places(sample, where)
     if "entities" in value:
-        sample.meta["entities"] = _entities(value["entities"], sample, where)
+        entities = _entities(value["entities"], sample, where)
+        sample = replace(sample, turns=mark_entities(sample.turns, entities))
     return sample
 
 
@@ -283,7 +285,7 @@ def _openai_part(part: Any, place: str, images: RowImages, ids: list[str | None]
     """ids: of the images before this part, None for one without."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return Text(part["text"])
+        return Text(part["text"], _flag(part, "entity", place))
     if kind == "image":
         source = part.get("image") or part.get("path") or part.get("url")
         if isinstance(source, str):
@@ -298,16 +300,19 @@ def _openai_part(part: Any, place: str, images: RowImages, ids: list[str | None]
         if isinstance(url, str):
             return ImageRef(images.named(url, place), _new_id(part, place, ids))
     if kind == "box" and isinstance(part.get("boxes"), list):
-        region = part.get("region") or False
-        if not isinstance(region, bool):
-            raise VlmtuneError(f"{place}: a box's 'region' is true or false, not {excerpt(region)}.")
-        return Boxes(_boxes(part["boxes"], place), region, _image_number(part, "box", place, ids))
+        return Boxes(_boxes(part["boxes"], place), _flag(part, "region", place), _image_number(part, "box", place, ids))
     if kind == "point" and isinstance(part.get("points"), list):
-        click = part.get("click") or False
-        if not isinstance(click, bool):
-            raise VlmtuneError(f"{place}: a point's 'click' is true or false, not {excerpt(click)}.")
-        return Points(_points(part["points"], place), click, _image_number(part, "point", place, ids))
+        return Points(
+            _points(part["points"], place), _flag(part, "click", place), _image_number(part, "point", place, ids)
+        )
     raise VlmtuneError(f"{place}: part {excerpt(part)} is not text, image, image_url, image_ref, box or point.")
+
+
+def _flag(part: dict, name: str, place: str) -> bool:
+    value = part.get(name) or False
+    if not isinstance(value, bool):
+        raise VlmtuneError(f"{place}: a {part['type']}'s {name!r} is true or false, not {excerpt(value)}.")
+    return value
 
 
 def _new_id(part: dict, place: str, ids: list[str | None]) -> str | None:
@@ -454,8 +459,10 @@ def _entities(values: Any, sample: Sample, where: str) -> list[str]:
     trained = [turn for turn in sample.turns if turn.role == "assistant" and turn.train]
     replies = [part.text for turn in trained for part in turn.parts if isinstance(part, Text)]
     for value in values:
-        if not any(value in reply for reply in replies):
-            raise VlmtuneError(f"{where}: entity {value[:80]!r} occurs in no reply; write it as the reply does.")
+        if not any(entity_pattern([value]).search(reply) for reply in replies):
+            raise VlmtuneError(
+                f"{where}: entity {value[:80]!r} occurs in no reply as a whole word; write it as the reply does."
+            )
     return values
 
 

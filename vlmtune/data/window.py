@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 from vlmtune.data.sentences import sentence_ends
@@ -159,12 +160,26 @@ def _refers(later: Sequence[Sequence[Turn]], number: int, image: ImageRef) -> bo
 
 
 def _cuts(reply: Turn) -> list[tuple[Part, ...]]:
-    """The reply up to each end of a sentence in its text parts, shortest first."""
+    """The reply up to each end of a sentence in its text, shortest first. Text parts in a row are one text."""
     cuts: list[tuple[Part, ...]] = []
-    for n, part in enumerate(reply.parts):
-        if isinstance(part, Text):
-            is_last = n == len(reply.parts) - 1
-            # what follows decides whether the end of a part that is not the last one ends a sentence
-            ends = sentence_ends(part.text if is_last else part.text + " x")
-            cuts += [(*reply.parts[:n], Text(part.text[:end])) for end in ends if end <= len(part.text)]
+    for is_text, group in groupby(enumerate(reply.parts), key=lambda entry: isinstance(entry[1], Text)):
+        if not is_text:
+            continue
+        numbers, texts = zip(*group, strict=True)
+        whole = "".join(part.text for part in texts)
+        # what follows decides whether the end of a text that is not the last one ends a sentence
+        is_last = numbers[-1] == len(reply.parts) - 1
+        ends = sentence_ends(whole if is_last else whole + " x")
+        before = reply.parts[: numbers[0]]
+        cuts += [(*before, *_head(texts, end)) for end in ends if end <= len(whole)]
     return cuts
+
+
+def _head(texts: Sequence[Text], length: int) -> list[Text]:
+    """The first `length` characters."""
+    head = []
+    for part in texts:
+        if length > 0:
+            head.append(replace(part, text=part.text[:length]))
+        length -= len(part.text)
+    return head

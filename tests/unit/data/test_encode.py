@@ -36,7 +36,7 @@ from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import build_processor, train_tokenizer
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.tiny import FAMILIES
-from vlmtune.types import Boxes, ImageName, ImageRef, Kind, Points
+from vlmtune.types import Boxes, ImageName, ImageRef, Kind, Points, Text
 
 EVERY = (*FAMILIES, "embedded")
 every_family = pytest.mark.parametrize("family", EVERY)
@@ -242,6 +242,24 @@ def test_every_token_has_the_kind_and_turn_of_its_text(model):
 
 
 SIZES = [(80, 60), (300, 40), (33, 190), (1, 1), (400, 400)]
+
+
+@every_family
+@many
+@given(before=hostile, entity=hostile_reply, after=hostile)
+def test_a_key_entity_changes_kinds_and_nothing_else(model, before, entity, after):
+    """Ids are those of the unmarked reply; a token is an entity's where its last character is (SPEC B3)."""
+    question = turn("user", picture(), "a")
+    marked = sample(question, turn("assistant", before, Text(entity, entity=True), after))
+    plain = sample(question, turn("assistant", before + entity + after))
+    one, other = model.encoder.encode(marked), model.encoder.encode(plain)
+    assert torch.equal(one.ids, other.ids) and torch.equal(one.supervised(), other.supervised())
+    changed = one.kinds != other.kinds
+    assert set(one.kinds[changed].tolist()) == {int(Kind.ENTITY)}
+    assert set(other.kinds[changed].tolist()) == {int(Kind.RESPONSE)}
+    assert one.kinds[one.supervised()][-1] == Kind.RESPONSE  # the end-of-turn token
+    question = sample(turn("user", picture(), before, Text(entity, entity=True)), turn("assistant", "b"))
+    assert not (model.encoder.encode(question).kinds == Kind.ENTITY).any()
 
 
 @every_family

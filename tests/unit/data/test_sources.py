@@ -320,11 +320,23 @@ def test_system_of_sharegpt_comes_first(folder):
     assert one(folder, row).turns[0] == Turn("system", (Text("Be brief."),))
 
 
-def test_entities_are_kept_with_the_sample(folder):
-    row = {"messages": [user("What?"), REPLY], "entities": ["red square", "A"], "meta": {"level": 1}}
+def test_entities_are_parts_of_the_reply(folder):
+    row = {"messages": [user("A red square?"), REPLY], "entities": ["red square", "A", "red"], "meta": {"level": 1}}
     sample = one(folder, row)
-    assert sample.meta == {"level": 1, "entities": ["red square", "A"]}
-    assert row["meta"] == {"level": 1}
+    expected = (Text("A", entity=True), Text(" "), Text("red square", entity=True), Text("."))
+    assert [turn.parts for turn in sample.turns] == [(Text("A red square?"),), expected]
+    assert sample.meta == row["meta"] == {"level": 1}
+    content = [{"type": "text", "text": "A "}, {"type": "text", "text": "red", "entity": True}]
+    marked = one(folder, {"messages": [user("?"), {"role": "assistant", "content": content}]})
+    assert marked.turns[1].parts == (Text("A "), Text("red", entity=True))
+
+
+def test_an_entity_is_a_whole_word(folder):
+    reply = {"role": "assistant", "content": "A cart, a car; carcar car."}
+    sample = one(folder, {"messages": [user("?"), reply], "entities": ["car"]})
+    assert [part.text for part in sample.turns[1].parts] == ["A cart, a ", "car", "; carcar ", "car", "."]
+    with pytest.raises(VlmtuneError, match="entity 'arc' occurs in no reply as a whole word"):
+        one(folder, {"messages": [user("?"), reply], "entities": ["arc"]})
 
 
 def test_an_entity_of_a_reply_that_does_not_train_is_refused(folder):

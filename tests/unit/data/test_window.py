@@ -165,3 +165,20 @@ def test_what_comes_out_fits_and_is_a_part_of_what_went_in(sample, limit, reserv
             boxes = [[part for part in one.parts if isinstance(part, Boxes)] for one in (turn, original)]
             for mine, theirs in zip(*boxes, strict=True):
                 assert sources[0][mine.image] == sources[1][theirs.image] and mine.boxes == theirs.boxes
+
+
+def test_a_reply_with_entities_is_cut_where_the_plain_one_is():
+    text = "Dr. Fox sat. ```\na. b\n``` He saw a hen. It ran. " + "And so on " * 40
+    plain = chat(("u", "what"), ("a", text))
+    pieces = [Text("Dr"), Text(". Fox", entity=True), Text(text[7:17]), Text(text[17:30], entity=True), Text(text[30:])]
+    *history, reply = plain.turns
+    marked = replace(plain, turns=(*history, replace(reply, parts=tuple(pieces))))
+
+    def characters(sample: Sample) -> int:
+        return sum(len(part.text) for turn in sample.turns for part in turn.parts)
+
+    for limit in range(10, characters(plain), 7):
+        one, other = (Window(limit, 1).fit(sample, characters).sample for sample in (plain, marked))
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert "".join(part.text for part in one.turns[-1].parts) == "".join(p.text for p in other.turns[-1].parts)

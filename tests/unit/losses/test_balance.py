@@ -234,8 +234,8 @@ def _toy(balanced: bool, seed: int, steps: int = 500) -> tuple[list[float], list
 def test_gradnorm_on_the_toy_of_its_paper(seed):
     """Tasks of scale 1 and 10: with equal weights the small one stays behind, with GradNorm both losses fall together.
 
-    The paper's figure 2 in small: the relative losses end closer to each other and lower in sum, and the weights make up
-    for the ratio of the gradients (α is small), within the noise of single batches.
+    The paper's figure 2 in small: the relative losses end closer to each other and lower in sum, and the weights make
+    up for the ratio of the gradients (α is small), within the noise of single batches.
     """
     equal, _, _ = _toy(False, seed)
     balanced, (small, large), ratio = _toy(True, seed)
