@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vlmtune.adapt.plan import Policy
+from vlmtune.adapt.plan import Plan, Policy
 from vlmtune.config import INHERIT, Config, Data, Rule, Source
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
@@ -24,14 +24,19 @@ from vlmtune.data.sources import FileSource, PromptedSource, SampleSource, Scene
 from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_overlong, survey_source
 from vlmtune.data.templates import set_template
 from vlmtune.data.window import Window
+from vlmtune.losses.balance import Balance, Fixed, GradNorm, InitialLosses, InverseInitial, Uncertainty
+from vlmtune.losses.objective import Objective
+from vlmtune.losses.weights import TokenWeights
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.vocabulary import NewTokens, add_tokens
+from vlmtune.optim.optimizer import build_adamw
 from vlmtune.schedule import Length, cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings
 from vlmtune.types import VlmtuneError
 
+SHARED_PARTS = ("vision", "projector", "language")  # in the order of the forward
 EMBEDDED, EMBEDDED_UNTRAINED = "embedded", "embedded_untrained"
 
 # what may change between a run and its resume without changing a bit of the training
@@ -292,6 +297,62 @@ def build_steps(config: Config, sources: list[SampleSource], encoder: Encoder, s
     return Steps(sources, mixture, encoder, config.train.batch_size, config.train.micro_batch_size)
 
 
+def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan) -> Objective:
+    """The loss section of the config, for these sources (their tasks) and this plan (what tasks share)."""
+    wish = config.loss.balance
+    weights = TokenWeights({kind: piecewise(weight) for kind, weight in config.loss.weights.items()})
+    if wish.by == "tokens":
+        return Objective(weights)
+    tasks = sorted(set().union(*(source.tasks() for source in sources)))
+    for name in ("weights", "initial"):
+        _require_same_tasks(f"loss.balance.{name}", getattr(wish, name), tasks)
+    initial = InitialLosses(tasks, wish.initial_steps or 10, wish.initial)
+    match wish.by:
+        case "fixed":
+            balance: Balance = Fixed(wish.weights)
+        case "inverse":
+            balance = InverseInitial(initial)
+        case "uncertainty":
+            balance = Uncertainty(tasks)
+        case "gradnorm":
+            balance = GradNorm(initial, last_shared_block(plan), 1.5 if wish.alpha is None else wish.alpha)
+    return Objective(weights, balance)
+
+
+def _require_same_tasks(key: str, named: dict[str, float] | None, tasks: Sequence[str]) -> None:
+    if named is None:
+        return
+    unknown, missing = sorted(set(named) - set(tasks)), sorted(set(tasks) - set(named))
+    if unknown:
+        raise VlmtuneError(
+            f"{key}: no training sample has the task {unknown[0]!r}; tasks of data.train: {', '.join(tasks)}."
+        )
+    if missing:
+        raise VlmtuneError(f"{key} has no number for the task {', '.join(missing)} of data.train; add it.")
+
+
+def last_shared_block(plan: Plan) -> list[torch.nn.Parameter]:
+    """What trains in the last block that every task passes: the highest language layer with a trainable parameter (its
+    adapters too), else the projector, else the highest vision layer. Raises VlmtuneError where none of them trains."""
+    layers: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
+    for name, parameter in plan.parameters.items():
+        part, *rest = name.split(".")
+        if part in SHARED_PARTS:
+            layer = int(rest[1]) if rest[0] == "layers" else -1
+            layers.setdefault((SHARED_PARTS.index(part), layer), []).append(parameter)
+    if not layers:
+        raise VlmtuneError(
+            "loss.balance gradnorm compares gradients where the tasks meet, but the plan trains neither the language "
+            "model nor projector nor vision; train one, or balance by uncertainty."
+        )
+    return layers[max(layers)]
+
+
+def build_optimizer(config: Config, plan: Plan, objective: Objective) -> torch.optim.AdamW:
+    groups = plan.optimizer_groups() + objective.optimizer_groups(config.loss.balance.lr or 0.025)
+    return build_adamw(groups, config.optim.betas, config.optim.eps)
+
+
 def step_loader(steps: Steps, workers: int):
     return lambda start, stop: load_steps(steps, start, stop, workers)
 
@@ -324,7 +385,8 @@ def fingerprint_tree(config: Config) -> dict:
 
 
 __all__ = [
-    "FittedData", "build_encoder", "build_eval_groups", "build_settings", "build_source", "build_steps", "cache_folder",
+    "FittedData", "build_encoder", "build_eval_groups", "build_objective", "build_optimizer", "last_shared_block",
+    "build_settings", "build_source", "build_steps", "cache_folder",
     "changes", "count_samples", "describe_new_tokens", "describe_sources", "describe_surveys", "fingerprint_tree",
     "fit_data", "load_base", "load_model",
     "policies", "remarks_on_prompts", "resolve_model", "source_names", "step_loader", "total_steps",

@@ -59,8 +59,9 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     fingerprint: str,
+    objective: torch.nn.Module,
 ) -> None:
-    """Write `folder` atomically. An existing folder of that name is replaced."""
+    """Write `folder` atomically. An existing folder of that name is replaced. objective: what it learns is saved."""
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -69,6 +70,9 @@ def save_checkpoint(
     if plan.lora is not None:
         save_adapter(adapter, plan.lora, draft / "adapter")
     save_file(optimizer_tensors(optimizer), draft / "optimizer.safetensors", metadata={"format": "pt"})
+    learned = {name: value.contiguous() for name, value in objective.state_dict().items()}
+    if learned:
+        save_file(learned, draft / "objective.safetensors", metadata={"format": "pt"})
     described = {"format": FORMAT, "config": fingerprint, "state": state.__dict__, "rng": rng_state()}
     described["new_tokens"] = _new_tokens(plan)
     described["files"] = {str(p.relative_to(draft)): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
@@ -131,7 +135,12 @@ def load_weights(folder: Path, model: torch.nn.Module, plan: Plan) -> dict:
 
 
 def load_checkpoint(
-    folder: Path, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, fingerprint: str
+    folder: Path,
+    model: torch.nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+    objective: torch.nn.Module,
 ) -> TrainState:
     """Everything for an exact resume. Raises VlmtuneError for damage and for a checkpoint of another config."""
     described = read_state(folder)
@@ -140,6 +149,8 @@ def load_checkpoint(
             f"{folder} belongs to another config; resume with the config of that run, or choose another run folder."
         )
     load_weights(folder, model, plan)
+    if objective.state_dict():
+        objective.load_state_dict(_tensors(folder / "objective.safetensors"))
     load_optimizer_tensors(optimizer, _tensors(folder / "optimizer.safetensors"))
     restore_rng(described["rng"])
     return TrainState(**described["state"])

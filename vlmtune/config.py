@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vlmtune.data.prompts import system_prompt
 from vlmtune.data.templates import TemplateWish
 from vlmtune.errors import VlmtuneError
+from vlmtune.losses.wishes import complete_weights, require_task_weights
 from vlmtune.schedule import Length, piecewise
 
 Task = Literal["caption", "vqa", "ocr", "grounding", "referring"]
@@ -46,6 +47,12 @@ LengthValue = Annotated[str | float, _checked(Length.parse)]
 INHERIT = "default"
 SystemValue = Annotated[str, _checked(lambda wish: None if wish == INHERIT else system_prompt(wish))]
 Name = Annotated[str, _checked(_parts_of_metrics)]
+KindWeights = Annotated[
+    dict[str, ScheduleValue],
+    _checked(lambda weights: complete_weights({name: piecewise(w) for name, w in weights.items()})),
+]
+TaskWeights = Annotated[dict[Name, float], _checked(require_task_weights)]
+Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SomeLength = Annotated[str | float, _checked(Length.parse_positive)]
 
@@ -156,6 +163,43 @@ class Optim(Strict):
     floor: float = Field(0.1, ge=0, le=1, description="the cosine ends at floor x lr")
 
 
+class Balance(Strict):
+    by: Literal["tokens", "fixed", "inverse", "uncertainty", "gradnorm"] = Field(
+        "tokens", description="how the losses of several tasks become one number"
+    )
+    weights: TaskWeights | None = Field(None, description="fixed: task -> weight of its mean loss")
+    initial: dict[Name, Positive] | None = Field(
+        None, description="inverse, gradnorm: task -> the loss it begins with (default: measured)"
+    )
+    initial_steps: int | None = Field(None, ge=1, description="inverse, gradnorm: steps to measure it in (default 10)")
+    alpha: float | None = Field(None, ge=0, description="gradnorm: how strongly slow tasks are pulled up (default 1.5)")
+    lr: float | None = Field(None, gt=0, description="uncertainty, gradnorm: of what they learn (default 0.025)")
+
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> Balance:
+        effective = {
+            "tokens": (), "fixed": ("weights",), "inverse": ("initial", "initial_steps"), "uncertainty": ("lr",),
+            "gradnorm": ("initial", "initial_steps", "alpha", "lr"),
+        }[self.by]  # fmt: skip
+        names = ("weights", "initial", "initial_steps", "alpha", "lr")
+        idle = [name for name in names if getattr(self, name) is not None and name not in effective]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} means nothing with by: {self.by}")
+        if self.by == "fixed":
+            if self.weights is None:
+                raise ValueError("by: fixed needs weights: a number for every task")
+        if self.initial is not None and self.initial_steps is not None:
+            raise ValueError("initial_steps measures what initial gives; keep one")
+        return self
+
+
+class Loss(Strict):
+    weights: KindWeights = Field(
+        default_factory=dict, description="kind of token -> weight, a number or [[progress, weight], …]"
+    )
+    balance: Balance = Balance()
+
+
 class Train(Strict):
     length: SomeLength = Field("1 epochs", description="steps, epochs or samples")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
@@ -204,6 +248,7 @@ class Config(Strict):
     model: str = Field(min_length=1, description='folder, hub name, "embedded", or "embedded_untrained"')
     data: Data
     plan: list[Rule] = Field(min_length=1, description="ordered rules over canonical parameter names; first match wins")
+    loss: Loss = Loss()
     optim: Optim = Optim()
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()

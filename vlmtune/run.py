@@ -24,6 +24,8 @@ from vlmtune.adapt.plan import apply_plan
 from vlmtune.build import (
     build_encoder,
     build_eval_groups,
+    build_objective,
+    build_optimizer,
     build_settings,
     build_source,
     build_steps,
@@ -43,11 +45,9 @@ from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
 from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
-from vlmtune.losses.objective import Objective
 from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
-from vlmtune.optim.optimizer import build_adamw
 from vlmtune.optim.precision import resolve_precision
 from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
 from vlmtune.paths import require_folder
@@ -94,6 +94,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     settings = build_settings(config, [source.size for source in sources], precision)
     steps = build_steps(config, sources, encoder, settings.total_steps)
     plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
+    objective = build_objective(config, sources, plan)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.to(device)
@@ -152,8 +153,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         PageWriter(folder, every_seconds=20),
     ]
     trainer = Trainer(
-        model, plan, Objective(),
-        build_adamw(plan.optimizer_groups(), config.optim.betas, config.optim.eps),
+        model, plan, objective, build_optimizer(config, plan, objective),
         step_loader(steps, config.data.workers), settings, folder / "checkpoints", fingerprint, device, observers,
         (lambda step: measure(config.evaluate.limit, config.evaluate.generate).metrics) if groups else None,
     )  # fmt: skip

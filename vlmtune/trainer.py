@@ -128,7 +128,9 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where `checkpoint` was written."""
-        self.state = load_checkpoint(checkpoint, self.model, self.plan, self.optimizer, self.fingerprint)
+        self.state = load_checkpoint(
+            checkpoint, self.model, self.plan, self.optimizer, self.fingerprint, self.module.objective
+        )
         written = self.folder / checkpoint_name(self.state.step)
         if written.is_dir():  # a kill may have come between writing it and naming it
             point(self.folder / "latest", written)
@@ -239,7 +241,9 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint, point `latest` at it, delete what is neither best, latest nor among the newest kept."""
         folder = self.folder / checkpoint_name(self.state.step)
-        save_checkpoint(folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint)
+        save_checkpoint(
+            folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint, self.module.objective
+        )
         point(self.folder / "latest", folder)
         best = self.folder / "best"
         kept = {p.resolve() for p in checkpoints(self.folder)[-self.settings.keep :]}

@@ -180,7 +180,9 @@ def test_killed_before_each_file_operation_of_a_save(step, saved, monkeypatch, t
 
         status = os.waitpid(fork(save), 0)[1]
         newest = latest_checkpoint(folder)
-        state = load_checkpoint(newest, saved.model, saved.plan, trainer.optimizer, "fingerprint")
+        state = load_checkpoint(
+            newest, saved.model, saved.plan, trainer.optimizer, "fingerprint", saved.trainer.module.objective
+        )
         assert state.step == int(newest.name.removeprefix("step_"))
         assert all(read_state(complete) for complete in checkpoints(folder))
         if status == 0:
@@ -238,11 +240,18 @@ def test_a_damaged_file_is_refused_by_name(name, damage, saved, tmp_path):
         else:
             path.write_bytes(b"")
         with pytest.raises(VlmtuneError) as caught:
-            load_checkpoint(folder, saved.model, saved.plan, saved.trainer.optimizer, "fingerprint")
+            load_checkpoint(
+                folder, saved.model, saved.plan, saved.trainer.optimizer, "fingerprint", saved.trainer.module.objective
+            )
         assert name in str(caught.value) and str(folder) in str(caught.value)
     assert all(torch.equal(value, weights[key]) for key, value in saved.model.state_dict().items())
     path.write_bytes(content)
-    assert load_checkpoint(folder, saved.model, saved.plan, saved.trainer.optimizer, "fingerprint").step == 2
+    assert (
+        load_checkpoint(
+            folder, saved.model, saved.plan, saved.trainer.optimizer, "fingerprint", saved.trainer.module.objective
+        ).step
+        == 2
+    )
 
 
 def test_every_bit_of_the_state_is_covered(saved, tmp_path):
@@ -261,5 +270,10 @@ def test_every_bit_of_the_state_is_covered(saved, tmp_path):
 def test_another_config_is_refused(saved, tmp_path):
     with pytest.raises(VlmtuneError, match="another config"):
         load_checkpoint(
-            tmp_path / "checkpoints" / "latest", saved.model, saved.plan, saved.trainer.optimizer, "another fingerprint"
+            tmp_path / "checkpoints" / "latest",
+            saved.model,
+            saved.plan,
+            saved.trainer.optimizer,
+            "another fingerprint",
+            saved.trainer.module.objective,
         )

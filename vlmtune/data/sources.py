@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,9 @@ class SampleSource(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
+    def tasks(self) -> Counter[str]:
+        """task -> how many samples have it; of a source without end, its task -> 1. Reads every row."""
+
 
 class SceneSource:
     """Generated scenes of one task. Index i is scene `start` + i: every epoch of training draws fresh ones.
@@ -54,6 +58,9 @@ class SceneSource:
     def __getitem__(self, index: int) -> Sample:
         return self._recipe.sample(self._task, self._start + index, self._split, self._turns)
 
+    def tasks(self) -> Counter[str]:
+        return Counter({self._task: self.size or 1})
+
 
 class PromptedSource:
     """A source whose conversations begin with a system prompt, unless they have a system turn of their own."""
@@ -72,6 +79,9 @@ class PromptedSource:
 
     def __getitem__(self, index: int) -> Sample:
         return with_system(self._source[index], self._prompt)
+
+    def tasks(self) -> Counter[str]:
+        return self._source.tasks()
 
     def row(self, index: int) -> Row:
         return self._source.row(index)
@@ -135,3 +145,6 @@ class FileSource:
 
     def __getitem__(self, index: int) -> Sample:
         return self.parse(self.row(index))
+
+    def tasks(self) -> Counter[str]:
+        return Counter(self[index].task for index in range(self.size))

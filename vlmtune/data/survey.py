@@ -145,6 +145,10 @@ class FittedSource:
     def __getitem__(self, index: int) -> Sample:
         return self.fitted(index).sample
 
+    def tasks(self) -> Counter[str]:
+        rows = range(self.size) if self._rows is None else self._rows
+        return Counter(self._source[int(row)].task for row in rows)
+
     def fitted(self, index: int) -> Fitted:
         """The sample and what was done to it."""
         row = index if self._rows is None else int(self._rows[index])

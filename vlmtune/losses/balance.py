@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.losses.wishes import require_task_weights
 
 SMALLEST_WEIGHT = 1e-3  # of GradNorm: a weight at or below zero would ask for a larger loss
 
@@ -52,8 +52,7 @@ class Fixed(Balance):
 
     def __init__(self, tasks: Mapping[str, float]):
         super().__init__()
-        if min(tasks.values(), default=0) < 0 or not any(tasks.values()):
-            raise VlmtuneError(f"weights of tasks {dict(tasks)}: none may be negative, and one must be above 0")
+        require_task_weights(tasks)
         self.tasks = dict(tasks)
 
     def forward(self, losses: dict[str, Tensor], weights: dict[str, float], micro_batches: int) -> Tensor:

@@ -58,6 +58,14 @@ class Objective(nn.Module):
         self.token_weights = weights or TokenWeights()
         self.balance = balance or ByTokens()
 
+    def optimizer_groups(self, lr: float) -> list[dict]:
+        """Groups for the optimizer of what the balance learns; empty where it learns nothing. Never decayed."""
+        learned = dict(self.named_parameters())
+        if not learned:
+            return []
+        names = [f"objective.{name}" for name in learned]
+        return [{"params": list(learned.values()), "names": names, "rule": "balance", "lr": lr, "weight_decay": 0.0}]
+
     def weights(self, micro_batches: Sequence[Batch], progress: float = 0.0) -> StepWeights:
         """Count what the step divides by, before its first forward. progress: in [0, 1]."""
         kinds = self.token_weights.at(progress)
