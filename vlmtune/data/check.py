@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -175,6 +176,7 @@ def check_rows(check: RowCheck, workers: int = 0) -> Iterator[CheckedRow]:
         num_workers=workers,
         worker_init_fn=one_thread,
         multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # its own: what was counted before must not move the training RNG
     )
     for chunk in loader:
         yield from chunk

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlmtune.data.check import RowCheck
@@ -220,6 +221,7 @@ def _counted(chunks: _Chunks, workers: int) -> Iterator[_Chunk]:
         num_workers=workers,
         worker_init_fn=one_thread,
         multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # its own: what was counted before must not move the training RNG
     )
     for chunk in loader:
         if isinstance(chunk, VlmtuneError):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from files_on_disk import png
 
 from vlmtune.data.encode import Encoder
@@ -96,6 +97,14 @@ def test_the_complaint_counts_and_names(encoder, data):
     assert f"{data}:2 (sample s1): {survey.tokens[1]} tokens" in message
     assert message.endswith("Raise data.max_length, or set data.on_overlong to trim or drop.")
     refuse_overlong([("t.jsonl", survey_source(source, encoder, Window(10**6)))], 10**6)
+
+
+@pytest.mark.parametrize("drop_bad", [False, True])
+def test_counting_does_not_move_the_training_rng(encoder, data, drop_bad):
+    """Else a run whose counts are in the cache would draw another dropout than the first one."""
+    before = torch.get_rng_state()
+    survey_source(FileSource(data), encoder, Window(10**6), drop_bad=drop_bad)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_nothing_left_is_refused(encoder, data):
