@@ -185,9 +185,8 @@ class Balance(Strict):
         idle = [name for name in names if getattr(self, name) is not None and name not in effective]
         if idle:
             raise ValueError(f"{', '.join(idle)} means nothing with by: {self.by}")
-        if self.by == "fixed":
-            if self.weights is None:
-                raise ValueError("by: fixed needs weights: a number for every task")
+        if self.by == "fixed" and self.weights is None:
+            raise ValueError("by: fixed needs weights: a number for every task")
         if self.initial is not None and self.initial_steps is not None:
             raise ValueError("initial_steps measures what initial gives; keep one")
         return self

@@ -43,9 +43,11 @@ from vlmtune.build import (
 )
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
 from vlmtune.config import Config, differing_keys, dump_config, load_config
+from vlmtune.data.loader import Steps
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
+from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
 from vlmtune.optim.precision import resolve_precision
@@ -56,6 +58,7 @@ from vlmtune.types import VlmtuneError
 from vlmtune.view import histograms, token_view
 
 KEYS_NAMED = 4  # of two configs that differ
+LOSS_SAMPLES = 32  # of the loss table, about
 FIRST_BATCH_SHOWN = 8  # samples of the first batch in first_batch.html
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pydantic")
 
@@ -120,6 +123,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         histograms(config, fitted),
     )
     console.print(assignment_table(plan.rows))
+    console.print(loss_table(objective, [encoder.encode(sources[s][row]) for s, row in loss_samples(steps)]))
     console.print(
         f"{settings.total_steps} steps of {config.train.batch_size} samples "
         f"({config.train.batch_size // config.train.micro_batch_size} micro-batches), {precision} on {device.type}, "
@@ -230,6 +234,12 @@ def read_before(path: Path) -> dict | None:
             f"{path} is damaged ({error}); delete it and run the same command again: the report then has no figures "
             "from before training."
         ) from error
+
+
+def loss_samples(steps: Steps) -> list[tuple[int, int]]:
+    """(source, row) of the samples that the loss table counts: the first of the run, whole batches."""
+    batch = steps.batch_size
+    return [steps.mixture[k] for k in range(min(len(steps.mixture), batch * max(1, LOSS_SAMPLES // batch)))]
 
 
 def require_same_rows(folder: Path, changed: dict[str, str]) -> None:

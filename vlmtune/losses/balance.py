@@ -26,7 +26,7 @@ class Balance(nn.Module):
         raise NotImplementedError
 
     def coefficients(self, weights: dict[str, float]) -> dict[str, float]:
-        """What each task's mean loss is multiplied with in a step of these token weights, for logs."""
+        """What each task's mean loss is multiplied with; weights: sum of token weights of each task in the step."""
         raise NotImplementedError
 
     def before_update(self, losses: dict[str, float]) -> None:
@@ -59,7 +59,7 @@ class Fixed(Balance):
         return _weighted(losses, self.tasks)
 
     def coefficients(self, weights: dict[str, float]) -> dict[str, float]:
-        return {task: self.tasks[task] for task in weights}
+        return dict(self.tasks)
 
 
 class InitialLosses(nn.Module):
@@ -111,7 +111,7 @@ class InverseInitial(Balance):
         return _weighted(losses, self.coefficients(weights))
 
     def coefficients(self, weights: dict[str, float]) -> dict[str, float]:
-        return _of(self.initial.tasks, self.weights(), weights)
+        return _by_task(self.initial.tasks, self.weights())
 
     def before_update(self, losses: dict[str, float]) -> None:
         self.initial.add(losses)
@@ -136,7 +136,7 @@ class Uncertainty(Balance):
         return total / len(self.tasks)
 
     def coefficients(self, weights: dict[str, float]) -> dict[str, float]:
-        return _of(self.tasks, 0.5 * torch.exp(-self.log_variance.detach()) / len(self.tasks), weights)
+        return _by_task(self.tasks, 0.5 * torch.exp(-self.log_variance.detach()) / len(self.tasks))
 
 
 class GradNorm(Balance):
@@ -170,7 +170,7 @@ class GradNorm(Balance):
                 total += gradient
 
     def coefficients(self, weights: dict[str, float]) -> dict[str, float]:
-        return _of(self.tasks, self.weights.detach() / len(self.tasks), weights)
+        return _by_task(self.tasks, self.weights.detach() / len(self.tasks))
 
     def before_update(self, losses: dict[str, float]) -> None:
         """Sets the gradient of the weights; tasks that the step did not have keep theirs."""
@@ -198,9 +198,8 @@ def _weighted(losses: dict[str, Tensor], coefficients: Mapping[str, float]) -> T
     return sum((coefficients[task] * loss for task, loss in losses.items()), torch.zeros(()))
 
 
-def _of(tasks: Sequence[str], values: Tensor, weights: Mapping[str, float]) -> dict[str, float]:
-    """The values of those tasks that are in a step of these token weights."""
-    return {task: float(value) for task, value in zip(tasks, values, strict=True) if task in weights}
+def _by_task(tasks: Sequence[str], values: Tensor) -> dict[str, float]:
+    return dict(zip(tasks, values.tolist(), strict=True))
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:

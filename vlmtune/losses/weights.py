@@ -19,11 +19,11 @@ class TokenWeights:
     """
 
     def __init__(self, weights: Mapping[str, Piecewise] = {}):  # noqa: B006  never changed
-        self._weights = {Kind[name.upper()]: weight for name, weight in complete_weights(weights).items()}
+        self.schedules = {Kind[name.upper()]: weight for name, weight in complete_weights(weights).items()}
 
     def at(self, progress: float) -> Tensor:
         """float32[len(Kind)]: the weight of kind k at index k + 1, for `types.token_weights`."""
         table = torch.zeros(len(Kind))
-        for kind, weight in self._weights.items():
+        for kind, weight in self.schedules.items():
             table[int(kind) + 1] = weight(progress)
         return table

@@ -33,7 +33,7 @@ def test_by_tokens_is_the_mean_over_tokens():
 def test_fixed_is_the_weighted_sum():
     balance = Fixed({"a": 2.0, "b": 0.0, "c": 1.0})
     assert float(balance(tensors(a=2.0, b=5.0), ONES, 1)) == 4.0
-    assert balance.coefficients({"a": 1.0}) == {"a": 2.0}
+    assert balance.coefficients({"a": 1.0}) == {"a": 2.0, "b": 0.0, "c": 1.0}
 
 
 @pytest.mark.parametrize("weights", [{"a": -1.0, "b": 2.0}, {"a": 0.0, "b": 0.0}, {}])
