@@ -65,8 +65,10 @@ def assign(rules: Sequence[tuple[str, Value]], names: Iterable[str]) -> dict[str
         if any(regex.match(name) for name in names):
             complaints.append(f"rule {pattern!r} comes after rules that already cover everything it names")
         else:
-            near = difflib.get_close_matches(pattern, sorted({n.split(".")[0] for n in names}), 1, 0.5)
-            complaints.append(f"rule {pattern!r} covers nothing" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            parts = sorted({n.split(".")[0] for n in names})
+            near = difflib.get_close_matches(pattern, parts, 1, 0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"remove it, or name a part: {', '.join(parts)}"
+            complaints.append(f"rule {pattern!r} covers nothing ({remedy})")
     if complaints:
         raise VlmtuneError("plan: " + "; ".join(complaints) + ".")
     return result
