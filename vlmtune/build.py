@@ -20,6 +20,7 @@ from vlmtune.data.loader import Steps, load_steps
 from vlmtune.data.mixture import Mixture
 from vlmtune.data.prompts import length_remark, system_prompt
 from vlmtune.data.resolution import set_pixel_limits
+from vlmtune.data.sampling import Order, TemperatureOrder, every_task, grouped, pools_of
 from vlmtune.data.sources import FileSource, PromptedSource, SampleSource, SceneSource
 from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_overlong, survey_source
 from vlmtune.data.templates import set_template
@@ -176,10 +177,10 @@ def remarks_on_prompts(config: Config, encoder: Encoder) -> list[str]:
     return [remark for remark in remarks if remark]
 
 
-def count_samples(mixture: Mixture, sources: Sequence[SampleSource]) -> Callable[[int], dict[str, int]]:
+def count_samples(order: Order, sources: Sequence[SampleSource]) -> Callable[[int], dict[str, int]]:
     """samples of the run so far -> source name -> how many of them came from it. A pure function, so resumes agree."""
     names = source_names(sources)
-    return lambda samples: dict(zip(names, mixture.counts(samples), strict=True))
+    return lambda samples: dict(zip(names, order.counts(samples), strict=True))
 
 
 def build_eval_groups(config: Config) -> dict[str, list[SampleSource]]:
@@ -292,9 +293,24 @@ def build_settings(config: Config, sizes: Sequence[int | None], precision: str) 
 
 
 def build_steps(config: Config, sources: list[SampleSource], encoder: Encoder, steps: int) -> Steps:
-    weights = [piecewise(source.weight) for source in config.data.train]
-    mixture = Mixture([s.size for s in sources], weights, steps * config.train.batch_size, config.train.seed)
-    return Steps(sources, mixture, encoder, config.train.batch_size, config.train.micro_batch_size)
+    return Steps(
+        sources, build_order(config, sources, steps), encoder, config.train.batch_size, config.train.micro_batch_size
+    )
+
+
+def build_order(config: Config, sources: Sequence[SampleSource], steps: int) -> Order:
+    """Which sample is number k, as data.sampling says."""
+    wish, batch, seed = config.data.sampling, config.train.batch_size, config.train.seed
+    sizes = [source.size for source in sources]
+    if wish.by == "weights":
+        return Mixture(sizes, [piecewise(source.weight) for source in config.data.train], steps * batch, seed)
+    pools = pools_of([source.tasks() for source in sources], sizes)
+    if wish.by == "every_task":
+        return every_task(pools, steps, batch, seed)
+    if wish.by == "grouped":
+        return grouped(pools, steps, batch, seed)
+    temperature = 1.0 if wish.temperature is None else wish.temperature
+    return TemperatureOrder(pools, steps, batch, seed, temperature, wish.every or 50)
 
 
 def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan) -> Objective:

@@ -98,6 +98,25 @@ class Source(Strict):
         return self
 
 
+class Sampling(Strict):
+    """Which task every sample of a batch has."""
+
+    by: Literal["weights", "every_task", "grouped", "temperature"] = Field(
+        "weights", description="weights of sources, all tasks in every batch, one task per batch, or by task loss"
+    )
+    temperature: float | None = Field(
+        None, ge=0, description="temperature: shares of tasks follow loss^(1/temperature) (default 1)"
+    )
+    every: int | None = Field(None, ge=1, description="temperature: steps between two looks at the losses (default 50)")
+
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> Sampling:
+        idle = [name for name in ("temperature", "every") if getattr(self, name) is not None]
+        if idle and self.by != "temperature":
+            raise ValueError(f"{', '.join(idle)} means nothing with by: {self.by}")
+        return self
+
+
 class Data(Strict):
     train: list[Source] = Field(min_length=1)
     eval: dict[Name, Annotated[list[Source], Field(min_length=1)]] = Field(
@@ -121,6 +140,7 @@ class Data(Strict):
     coordinates: str = Field("auto", description="how boxes and points are written: auto, norm1000, pixels, …")
     new_tokens: list[str] = Field(default_factory=list, description="tokens to add, spelled as in the data")
     add_coordinate_tokens: bool = Field(False, description="add those tokens of `coordinates` that the model lacks")
+    sampling: Sampling = Sampling()
     workers: int = Field(1, ge=0, description="processes that decode and encode ahead")
 
     @model_validator(mode="after")
@@ -129,6 +149,8 @@ class Data(Strict):
             raise ValueError(f"system: {INHERIT} means data.system, and this is it; write a name, file:path or a text")
         if self.max_length is None and self.on_overlong != "error":
             raise ValueError(f"on_overlong: {self.on_overlong} needs a max_length")
+        if self.sampling.by != "weights" and any(source.weight != 1.0 for source in self.train):
+            raise ValueError(f"sampling by {self.sampling.by} draws from tasks; leave out the weights of sources")
         return self
 
 
@@ -355,6 +377,7 @@ def _fields_at(location: tuple) -> list[str]:
     places: dict[tuple, type[BaseModel]] = {
         (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
         ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
+        ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
     }  # fmt: skip
     names = tuple(step for step in location if isinstance(step, str))
     model = places.get(names) or places.get(names[:2]) or Config

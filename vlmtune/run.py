@@ -44,6 +44,7 @@ from vlmtune.build import (
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
 from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.data.loader import Steps
+from vlmtune.data.sampling import TemperatureOrder
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
@@ -116,7 +117,8 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
     for name, text in changed.items():
         write_text(folder / name, text)
-    first = [steps.mixture[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
+    steps.order.decide(0)
+    first = [steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
     write_token_view(
         folder / "first_batch.html",
         [token_view(encoder, fitted_sample(sources[s], row)) for s, row in first],
@@ -149,7 +151,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         require_best(config.checkpoint.best, measured.metrics)
         write_text(before_file, json.dumps(evaluation_record(measured)))
 
-    by_source = count_samples(steps.mixture, sources)
+    by_source = count_samples(steps.order, sources)
     observers = [
         History(folder / "history.jsonl", settings.log_every, from_step, by_source),
         board := TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source),
@@ -160,6 +162,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         model, plan, objective, build_optimizer(config, plan, objective),
         step_loader(steps, config.data.workers), settings, folder / "checkpoints", fingerprint, device, observers,
         (lambda step: measure(config.evaluate.limit, config.evaluate.generate).metrics) if groups else None,
+        steps.order if isinstance(steps.order, TemperatureOrder) else None,
     )  # fmt: skip
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -239,7 +242,7 @@ def read_before(path: Path) -> dict | None:
 def loss_samples(steps: Steps) -> list[tuple[int, int]]:
     """(source, row) of the samples that the loss table counts: the first of the run, whole batches."""
     batch = steps.batch_size
-    return [steps.mixture[k] for k in range(min(len(steps.mixture), batch * max(1, LOSS_SAMPLES // batch)))]
+    return [steps.order[k] for k in range(min(steps.order.decide(0), batch * max(1, LOSS_SAMPLES // batch)))]
 
 
 def require_same_rows(folder: Path, changed: dict[str, str]) -> None:

@@ -55,6 +55,19 @@ class Observer(Protocol):
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None: ...
 
 
+class LossDriven(Protocol):
+    """What draws samples by the losses of tasks: it hears of every step, and its history is part of a checkpoint."""
+
+    @property
+    def shares(self) -> dict[str, float]: ...
+
+    def observe(self, losses: dict[str, float]) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
 class TrainingModule(nn.Module):
     """Model and objective as one module: what a distributed engine wraps."""
 
@@ -101,7 +114,8 @@ class Trainer:
     """Runs optimizer steps.
 
     steps: (start, stop) -> iterator over lists of micro-batches; evaluate: step -> metrics (keys "loss" and
-    "group/task/metric"); folder: where checkpoints go; fingerprint: of the config.
+    "group/task/metric"); folder: where checkpoints go; fingerprint: of the config; sampling: what draws the samples
+    of `steps`, where that depends on losses.
     """
 
     def __init__(
@@ -117,11 +131,13 @@ class Trainer:
         device: torch.device,
         observers: Sequence[Observer] = (),
         evaluate: Callable[[int], dict[str, Any]] | None = None,
+        sampling: LossDriven | None = None,
     ):
         self.model, self.plan, self.optimizer = model, plan, optimizer
         self.module = TrainingModule(VLM(model), objective)
         self.steps, self.settings, self.folder, self.fingerprint = steps, settings, folder, fingerprint
         self.device, self.observers, self.evaluate = device, observers, evaluate
+        self.sampling = sampling
         self.groups = plan.groups()
         self.state = TrainState()
         self._saved_step: int | None = None
@@ -131,6 +147,8 @@ class Trainer:
         self.state = load_checkpoint(
             checkpoint, self.model, self.plan, self.optimizer, self.fingerprint, self.module.objective
         )
+        if self.sampling is not None:
+            self.sampling.restore(self.state.extra["sampling"])
         written = self.folder / checkpoint_name(self.state.step)
         if written.is_dir():  # a kill may have come between writing it and naming it
             point(self.folder / "latest", written)
@@ -179,6 +197,9 @@ class Trainer:
         self.optimizer.step()
         objective.balance.after_update()
         self.optimizer.zero_grad()
+        shares = {} if self.sampling is None else self.sampling.shares
+        if self.sampling is not None:
+            self.sampling.observe(sums.tasks)
         self.state.step += 1
         samples = sum(len(batch.sample_ids) for batch in micro_batches)
         tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in micro_batches)
@@ -187,6 +208,7 @@ class Trainer:
         return {
             "loss": sums.total, "losses": sums.tasks, "plain": sums.plain, "weights": weights.tasks,
             "supervised": weights.tokens, "coefficients": coefficients,
+            "shares": shares,
             "norms": norms, "lr": lr, "samples": samples, "tokens": tokens,
         }  # fmt: skip
 
@@ -241,6 +263,8 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint, point `latest` at it, delete what is neither best, latest nor among the newest kept."""
         folder = self.folder / checkpoint_name(self.state.step)
+        if self.sampling is not None:
+            self.state.extra["sampling"] = self.sampling.state()
         save_checkpoint(
             folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint, self.module.objective
         )

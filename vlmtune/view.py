@@ -50,7 +50,8 @@ def inspect_sample(config: Config, sample_id: str | None, page: Path, console: C
     if sample_id is None:
         settings = build_settings(config, [s.size for s in sources], "fp32")
         steps = build_steps(config, sources, encoder, settings.total_steps)
-        source, row = steps.mixture[0]
+        steps.order.decide(0)
+        source, row = steps.order[0]
         found = fitted_sample(sources[source], row)
     else:
         found = _find_sample(config, fitted, sample_id)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
-from vlmtune.data.mixture import Mixture
+from vlmtune.data.sampling import Order
 from vlmtune.data.sources import SampleSource
 from vlmtune.types import Batch, VlmtuneError
 
@@ -20,23 +20,23 @@ class Steps(Dataset):
     def __init__(
         self,
         sources: Sequence[SampleSource],
-        mixture: Mixture,
+        order: Order,
         encoder: Encoder,
         batch_size: int,
         micro_batch_size: int,
     ):
-        self.sources, self.mixture, self.encoder = sources, mixture, encoder
+        self.sources, self.order, self.encoder = sources, order, encoder
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
 
     def __len__(self) -> int:
-        return len(self.mixture) // self.batch_size
+        return len(self.order) // self.batch_size
 
     def __getitem__(self, step: int) -> list[Batch] | VlmtuneError:
         try:
             first = step * self.batch_size
             encoded = []
             for k in range(first, first + self.batch_size):
-                source, row = self.mixture[k]
+                source, row = self.order[k]
                 encoded.append(self.encoder.encode(self.sources[source][row]))
         except VlmtuneError as error:
             return error  # a worker would wrap it in a traceback; the loader raises it in the main process
@@ -54,7 +54,18 @@ def one_thread(worker: int) -> None:
 
 
 def load_steps(steps: Steps, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:
-    """Steps `start` … `stop` - 1 in order. The number of workers changes the speed and nothing else."""
+    """Steps `start` … `stop` - 1 in order. The number of workers changes the speed and nothing else.
+
+    Workers are started anew for every stretch of steps that the order has decided: what is prepared ahead of time must
+    not depend on losses that are not there yet.
+    """
+    while start < stop:
+        end = min(stop, steps.order.decide(start * steps.batch_size) // steps.batch_size)
+        yield from _load_decided(steps, start, end, workers)
+        start = end
+
+
+def _load_decided(steps: Steps, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:
     loader = DataLoader(
         steps,
         sampler=range(start, stop),

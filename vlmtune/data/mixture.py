@@ -51,6 +51,10 @@ class Mixture:
         """Samples drawn from each source before sample `upto`."""
         return [int((self._choice[:upto] == source).sum()) for source in range(len(self._sizes))]
 
+    def decide(self, k: int) -> int:
+        """All samples are decided from the start (`sampling.Order`)."""
+        return len(self)
+
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
         key = (source, epoch)
         if key not in self._permutations:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -31,8 +30,8 @@ class SampleSource(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def tasks(self) -> Counter[str]:
-        """task -> how many samples have it; of a source without end, its task -> 1. Reads every row."""
+    def tasks(self) -> list[str]:
+        """The task of every sample; of a source without end, its one task once. Reads every row."""
 
 
 class SceneSource:
@@ -58,8 +57,8 @@ class SceneSource:
     def __getitem__(self, index: int) -> Sample:
         return self._recipe.sample(self._task, self._start + index, self._split, self._turns)
 
-    def tasks(self) -> Counter[str]:
-        return Counter({self._task: self.size or 1})
+    def tasks(self) -> list[str]:
+        return [self._task] * (self.size or 1)
 
 
 class PromptedSource:
@@ -80,7 +79,7 @@ class PromptedSource:
     def __getitem__(self, index: int) -> Sample:
         return with_system(self._source[index], self._prompt)
 
-    def tasks(self) -> Counter[str]:
+    def tasks(self) -> list[str]:
         return self._source.tasks()
 
     def row(self, index: int) -> Row:
@@ -146,5 +145,5 @@ class FileSource:
     def __getitem__(self, index: int) -> Sample:
         return self.parse(self.row(index))
 
-    def tasks(self) -> Counter[str]:
-        return Counter(self[index].task for index in range(self.size))
+    def tasks(self) -> list[str]:
+        return [self[index].task for index in range(self.size)]

@@ -146,9 +146,9 @@ class FittedSource:
     def __getitem__(self, index: int) -> Sample:
         return self.fitted(index).sample
 
-    def tasks(self) -> Counter[str]:
+    def tasks(self) -> list[str]:
         rows = range(self.size) if self._rows is None else self._rows
-        return Counter(self._source[int(row)].task for row in rows)
+        return [self._source[int(row)].task for row in rows]
 
     def fitted(self, index: int) -> Fitted:
         """The sample and what was done to it."""

@@ -66,6 +66,7 @@ def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
         "loss_plain": plain.of_all(),
         "loss_plain_by_task": plain.by_task(),
         "task_weights": last["coefficients"],
+        "task_shares": last["shares"],
         "lr": last["lr"],
         "norm": float(last["norms"]["total"]),
         "norm_by_rule": {rule: float(norm) for rule, norm in last["norms"].items() if rule != "total"},
@@ -146,7 +147,7 @@ class TensorBoard:
         record = train_record(state, [metrics])
         for name in ("loss", "loss_plain", "norm", "tokens_per_second", "samples_per_second", "data_wait"):
             self._writer.add_scalar(f"train/{name}", record[name], state.step)
-        for group in ("loss_by_task", "task_weights", "lr", "norm_by_rule"):
+        for group in ("loss_by_task", "task_weights", "task_shares", "lr", "norm_by_rule"):
             for name, value in record[group].items():
                 self._writer.add_scalar(f"{group}/{name}", value, state.step)
         for name, count in self._by_source(state.samples).items():

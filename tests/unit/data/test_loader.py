@@ -20,7 +20,7 @@ def steps(embedded_folder):
 
 def test_a_step_holds_its_samples_and_like_lengths_share_a_micro_batch(steps):
     for step in range(2):
-        drawn = [steps.mixture[k] for k in range(12 * step, 12 * step + 12)]
+        drawn = [steps.order[k] for k in range(12 * step, 12 * step + 12)]
         wanted = sorted(steps.sources[source][row].id for source, row in drawn)
         batches = steps[step]
         assert sorted(id for batch in batches for id in batch.sample_ids) == wanted
