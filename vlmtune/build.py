@@ -15,7 +15,7 @@ import torch
 from vlmtune.adapt.plan import Plan, Policy
 from vlmtune.config import INHERIT, Config, Data, Rule, Source
 from vlmtune.data.encode import Encoder
-from vlmtune.data.grounding import coordinates
+from vlmtune.data.grounding import BinTokens, coordinates
 from vlmtune.data.loader import Steps, load_steps
 from vlmtune.data.mixture import Mixture
 from vlmtune.data.prompts import length_remark, system_prompt
@@ -26,6 +26,7 @@ from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_ove
 from vlmtune.data.templates import set_template
 from vlmtune.data.window import Window
 from vlmtune.losses.balance import Balance, Fixed, GradNorm, InitialLosses, InverseInitial, Uncertainty
+from vlmtune.losses.boxes import BoxLoss
 from vlmtune.losses.objective import Objective
 from vlmtune.losses.weights import TokenWeights
 from vlmtune.models.anatomy import anatomy_of
@@ -313,12 +314,13 @@ def build_order(config: Config, sources: Sequence[SampleSource], steps: int) -> 
     return TemperatureOrder(pools, steps, batch, seed, temperature, wish.every or 50)
 
 
-def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan) -> Objective:
-    """The loss section of the config, for these sources (their tasks) and this plan (what tasks share)."""
+def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan, encoder: Encoder) -> Objective:
+    """The loss section of the config, for these sources (their tasks), this plan (what tasks share) and this encoder
+    (how boxes are written)."""
     wish = config.loss.balance
     weights = TokenWeights({kind: piecewise(weight) for kind, weight in config.loss.weights.items()})
     if wish.by == "tokens":
-        return Objective(weights)
+        return Objective(weights, box=_box_loss(config, encoder))
     tasks = sorted(set().union(*(source.tasks() for source in sources)))
     for name in ("weights", "initial"):
         _require_same_tasks(f"loss.balance.{name}", getattr(wish, name), tasks)
@@ -332,7 +334,21 @@ def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan)
             balance = Uncertainty(tasks)
         case "gradnorm":
             balance = GradNorm(initial, last_shared_block(plan), 1.5 if wish.alpha is None else wish.alpha)
-    return Objective(weights, balance)
+    return Objective(weights, balance, _box_loss(config, encoder))
+
+
+def _box_loss(config: Config, encoder: Encoder) -> BoxLoss | None:
+    wish, convention = config.loss.box, encoder.coordinates
+    if wish is None:
+        return None
+    if not isinstance(convention, BinTokens):
+        raise VlmtuneError(
+            f"loss.box reads boxes from coordinate tokens, but this model writes them as {convention.name!r}; leave it "
+            "out, or set data.coordinates to bins or bins1000 (with data.add_coordinate_tokens where they are new)."
+        )
+    token_id = encoder.tokenizer.convert_tokens_to_ids
+    values = {token_id(token): value for token, value in convention.numbers().items()}
+    return BoxLoss(values, token_id("<box>"), token_id("</box>"), wish.l1, wish.giou)
 
 
 def _require_same_tasks(key: str, named: dict[str, float] | None, tasks: Sequence[str]) -> None:

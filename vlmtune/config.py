@@ -214,11 +214,31 @@ class Balance(Strict):
         return self
 
 
+class BoxTerm(Strict):
+    """A loss of boxes beside the cross-entropy of their tokens."""
+
+    l1: float = Field(1.0, ge=0, description="weight of the absolute differences, summed over four numbers")
+    giou: float = Field(1.0, ge=0, description="weight of 1 - generalised IoU")
+
+    @model_validator(mode="after")
+    def _has_weight(self) -> BoxTerm:
+        if self.l1 == self.giou == 0:
+            raise ValueError("l1 and giou are both 0, so nothing would be added; leave loss.box out")
+        return self
+
+
 class Loss(Strict):
     weights: KindWeights = Field(
         default_factory=dict, description="kind of token -> weight, a number or [[progress, weight], …]"
     )
     balance: Balance = Balance()
+    box: BoxTerm | None = Field(None, description="loss of boxes, read from the probabilities of coordinate tokens")
+
+    @model_validator(mode="after")
+    def _box_is_read(self) -> Loss:
+        if self.box is not None and min(piecewise(self.weights.get("box", 1.0)).values) == 0:
+            raise ValueError("box reads tokens that carry loss; keep weights.box above 0 all the time")
+        return self
 
 
 class Train(Strict):
@@ -378,6 +398,7 @@ def _fields_at(location: tuple) -> list[str]:
         (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
         ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
         ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
+        ("loss", "box"): BoxTerm,
     }  # fmt: skip
     names = tuple(step for step in location if isinstance(step, str))
     model = places.get(names) or places.get(names[:2]) or Config

@@ -98,7 +98,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     settings = build_settings(config, [source.size for source in sources], precision)
     steps = build_steps(config, sources, encoder, settings.total_steps)
     plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
-    objective = build_objective(config, sources, plan)
+    objective = build_objective(config, sources, plan, encoder)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.to(device)

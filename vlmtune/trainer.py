@@ -81,11 +81,13 @@ class TrainingModule(nn.Module):
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Of one optimizer step: what was minimised, and the mean of every task, weighted by kind of token and plain."""
+    """Of one optimizer step: what was minimised, the mean of every task, weighted by kind of token and plain, and the
+    means of further terms."""
 
     total: float
     tasks: dict[str, float]
     plain: dict[str, float]
+    terms: dict[str, float]
 
     @classmethod
     def of(cls, parts: Sequence[Losses]) -> StepLosses:
@@ -97,6 +99,7 @@ class StepLosses:
                 (("total", ""), part.total),
                 *((("task", name), value) for name, value in part.tasks.items()),
                 *((("plain", name), value) for name, value in part.plain.items()),
+                *((("term", name), value) for name, value in part.terms.items()),
             ]
         ]
         sums: dict[tuple[str, str], float] = {}
@@ -107,6 +110,7 @@ class StepLosses:
             sums[("total", "")],
             {name: value for (group, name), value in sums.items() if group == "task"},
             {name: value for (group, name), value in sums.items() if group == "plain"},
+            {name: value for (group, name), value in sums.items() if group == "term"},
         )
 
 
@@ -208,7 +212,7 @@ class Trainer:
         return {
             "loss": sums.total, "losses": sums.tasks, "plain": sums.plain, "weights": weights.tasks,
             "supervised": weights.tokens, "coefficients": coefficients,
-            "shares": shares,
+            "shares": shares, "terms": sums.terms, "boxes": weights.boxes,
             "norms": norms, "lr": lr, "samples": samples, "tokens": tokens,
         }  # fmt: skip
 

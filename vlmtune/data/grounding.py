@@ -109,6 +109,10 @@ class BinTokens(Tagged):
         tags = [token for tag in self.tokenised_tags for token in (f"<{tag}>", f"</{tag}>")]
         return tags + [self._token(index) for index in range(self.count)]
 
+    def numbers(self) -> dict[str, float]:
+        """Token of every number -> the fraction of the canvas it stands for."""
+        return {self._token(index): (index + 0.5) / self.count for index in range(self.count)}
+
     @property
     def _digits(self) -> int:
         return len(str(self.count - 1))

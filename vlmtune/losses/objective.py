@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from vlmtune.losses.balance import Balance, ByTokens
+from vlmtune.losses.boxes import BoxLoss
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.losses.weights import TokenWeights
 from vlmtune.types import Batch, token_weights
@@ -20,13 +21,15 @@ class StepWeights:
     """What the sums of one optimizer step are divided by, counted over all of its micro-batches.
 
     kinds: float32[len(Kind)], the weight of every kind of token at this progress; tasks: sum of token weights of each
-    task; tokens: how many tokens carry loss, by task; micro_batches: how many there are.
+    task; tokens: how many tokens carry loss, by task; micro_batches: how many there are; boxes: boxes in replies, where
+    there is a loss of them.
     """
 
     kinds: Tensor
     tasks: dict[str, float]
     tokens: dict[str, int]
     micro_batches: int
+    boxes: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,29 +37,34 @@ class Losses:
     """Of one micro-batch. All of it adds up over the micro-batches of a step.
 
     total: what is differentiated; tasks: share in the mean loss of every task, weighted by kind of token, with
-    gradient; plain: the same means without weights, detached.
+    gradient; plain: the same means without weights, detached; terms: further losses by name, detached.
     """
 
     total: Tensor
     tasks: dict[str, Tensor]
     plain: dict[str, Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
     def detach(self) -> Losses:
         """The same numbers without the graph behind them."""
-        return Losses(self.total.detach(), {task: loss.detach() for task, loss in self.tasks.items()}, self.plain)
+        return Losses(
+            self.total.detach(), {task: loss.detach() for task, loss in self.tasks.items()}, self.plain, self.terms
+        )
 
 
 class Objective(nn.Module):
     """Next-token cross-entropy, weighted by kind of token, averaged by task, and balanced between tasks.
 
     weights: of tokens, by kind; balance: how the mean losses of tasks become one number (default: every token counts
-    the same, whatever its task). What a balance learns is a parameter of this module.
+    the same, whatever its task); box: is added, as the mean over all boxes of the step. What a balance learns is a
+    parameter of this module.
     """
 
-    def __init__(self, weights: TokenWeights | None = None, balance: Balance | None = None):
+    def __init__(self, weights: TokenWeights | None = None, balance: Balance | None = None, box: BoxLoss | None = None):
         super().__init__()
         self.token_weights = weights or TokenWeights()
         self.balance = balance or ByTokens()
+        self.box = box
 
     def optimizer_groups(self, lr: float) -> list[dict]:
         """Groups for the optimizer of what the balance learns; empty where it learns nothing. Never decayed."""
@@ -77,7 +85,8 @@ class Objective(nn.Module):
             for task, weight, count in rows:
                 sums[task] += weight
                 tokens[task] += count
-        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches))
+        boxes = 0 if self.box is None else sum(self.box.places(batch).boxes for batch in micro_batches)
+        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches), boxes)
 
     def forward(self, states, head: nn.Module, batch: Batch, step: StepWeights) -> Losses:
         """states: `models.vlm.Supervised` of this micro-batch, made with `step.kinds`."""
@@ -91,4 +100,9 @@ class Objective(nn.Module):
         total = self.balance(tasks, step.tasks, step.micro_batches)
         if not names:  # nothing of this micro-batch carries loss: the graph must still reach every parameter
             total = total + 0.0 * losses.sum()
-        return Losses(total, tasks, {name: plain[n] / step.tokens[name] for n, name in enumerate(names)})
+        terms = {}
+        if self.box is not None and step.boxes:
+            carries = token_weights(batch.kinds[:, 1:], step.kinds) > 0
+            boxes = self.box(states, head, batch, carries) / step.boxes
+            total, terms = total + boxes, {"box": boxes.detach()}
+        return Losses(total, tasks, {name: plain[n] / step.tokens[name] for n, name in enumerate(names)}, terms)

@@ -49,12 +49,14 @@ class History:
 def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """One line of history over the steps since the last one; means are weighted by tokens, times are sums.
 
-    loss, loss_by_task: tokens weighted by kind; loss_plain, loss_plain_by_task: the same tokens, all weights 1.
+    loss, loss_by_task: tokens weighted by kind; loss_terms: means of further terms, not part of loss;
+    loss_plain, loss_plain_by_task: the same tokens, all weights 1.
     """
-    weighted, plain = _Means(), _Means()
+    weighted, plain, terms = _Means(), _Means(), _Means()
     for step in steps:
         weighted.add(step["losses"], step["weights"])
         plain.add(step["plain"], step["supervised"])
+        terms.add(step["terms"], {"box": step["boxes"]})
     seconds = sum(step["step_seconds"] for step in steps)
     last = steps[-1]
     return {
@@ -65,6 +67,7 @@ def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
         "loss_by_task": weighted.by_task(),
         "loss_plain": plain.of_all(),
         "loss_plain_by_task": plain.by_task(),
+        "loss_terms": terms.by_task(),
         "task_weights": last["coefficients"],
         "task_shares": last["shares"],
         "lr": last["lr"],
@@ -147,7 +150,7 @@ class TensorBoard:
         record = train_record(state, [metrics])
         for name in ("loss", "loss_plain", "norm", "tokens_per_second", "samples_per_second", "data_wait"):
             self._writer.add_scalar(f"train/{name}", record[name], state.step)
-        for group in ("loss_by_task", "task_weights", "task_shares", "lr", "norm_by_rule"):
+        for group in ("loss_by_task", "loss_terms", "task_weights", "task_shares", "lr", "norm_by_rule"):
             for name, value in record[group].items():
                 self._writer.add_scalar(f"{group}/{name}", value, state.step)
         for name, count in self._by_source(state.samples).items():

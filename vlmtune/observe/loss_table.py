@@ -41,6 +41,9 @@ def loss_table(objective: Objective, samples: Sequence[Encoded]) -> Table:
         table.add_row(
             task, str(len(kinds)), *cells, f"{sums[task] / len(kinds):.1f}", f"{weight:.3g}", f"{weight / total:.0%}"
         )
+    if (box := objective.box) is not None:
+        table.caption = f"plus, per box of a reply: {box.l1:g} × L1 + {box.giou:g} × (1 - GIoU)"
+        table.caption_justify = "left"
     return table
 
 
