@@ -119,8 +119,10 @@ def test_bfloat16_autocast_equals_autocast_of_the_plain_formula(kind, hidden_dty
     """Losses: the same bfloat16 logits, so only float32 rounding apart.
 
     Gradients: both round softmax - onehot (at most 1) and the products to bfloat16, each to 2^-9 relative; ours adds
-    chunks in float32. Four roundings in all: 2^-7 of the largest entry.
+    chunks in float32. Four roundings in all: 2^-7 of the largest entry. A LoRA factor's gradient passes the other
+    factor, four more: 2^-6 (the worst of 300 seeds is 1.6 x 2^-7).
     """
+    torch.manual_seed(0)  # of the adapter
     hidden, head, targets, upstream = problem(24, 16, 50, bias=False)
     hidden = hidden.detach().to(hidden_dtype).requires_grad_()
     head.requires_grad_(kind == "trainable")
@@ -135,7 +137,8 @@ def test_bfloat16_autocast_equals_autocast_of_the_plain_formula(kind, hidden_dty
     torch.testing.assert_close(ours[0], theirs[0], atol=FP32, rtol=FP32)
     for mine, reference in zip(ours[1:], theirs[1:], strict=True):
         assert mine.dtype == reference.dtype
-        assert float((mine - reference).abs().max()) <= 2**-7 * float(reference.abs().max())
+        tolerance = 2**-6 if mine is not ours[1] and kind == "wrapped" else 2**-7
+        assert float((mine - reference).abs().max()) <= tolerance * float(reference.abs().max())
 
 
 @pytest.mark.parametrize("trainable", [False, True])
