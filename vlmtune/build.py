@@ -27,6 +27,7 @@ from vlmtune.data.templates import set_template
 from vlmtune.data.window import Window
 from vlmtune.losses.balance import Balance, Fixed, GradNorm, InitialLosses, InverseInitial, Uncertainty
 from vlmtune.losses.boxes import BoxLoss
+from vlmtune.losses.exposure import Exposure, ExposureRate
 from vlmtune.losses.objective import Objective
 from vlmtune.losses.weights import TokenWeights
 from vlmtune.models.anatomy import anatomy_of
@@ -320,7 +321,7 @@ def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan,
     wish = config.loss.balance
     weights = TokenWeights({kind: piecewise(weight) for kind, weight in config.loss.weights.items()})
     if wish.by == "tokens":
-        return Objective(weights, box=_box_loss(config, encoder))
+        return Objective(weights, box=_box_loss(config, encoder), exposure=_exposure(config, encoder))
     tasks = sorted(set().union(*(source.tasks() for source in sources)))
     for name in ("weights", "initial"):
         _require_same_tasks(f"loss.balance.{name}", getattr(wish, name), tasks)
@@ -334,7 +335,7 @@ def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan,
             balance = Uncertainty(tasks)
         case "gradnorm":
             balance = GradNorm(initial, last_shared_block(plan), 1.5 if wish.alpha is None else wish.alpha)
-    return Objective(weights, balance, _box_loss(config, encoder))
+    return Objective(weights, balance, _box_loss(config, encoder), _exposure(config, encoder))
 
 
 def _box_loss(config: Config, encoder: Encoder) -> BoxLoss | None:
@@ -349,6 +350,18 @@ def _box_loss(config: Config, encoder: Encoder) -> BoxLoss | None:
     token_id = encoder.tokenizer.convert_tokens_to_ids
     values = {token_id(token): value for token, value in convention.numbers().items()}
     return BoxLoss(values, token_id("<box>"), token_id("</box>"), wish.l1, wish.giou)
+
+
+DEFAULT_K = {"linear": 0.0, "exponential": 0.01, "inverse_sigmoid": 10.0}
+
+
+def _exposure(config: Config, encoder: Encoder) -> Exposure | None:
+    wish = config.loss.exposure
+    if wish is None:
+        return None
+    k = DEFAULT_K[wish.decay] if wish.k is None else wish.k
+    rate = ExposureRate(wish.decay, wish.rate, wish.start, k)
+    return Exposure(rate, encoder.stop_token_ids() | encoder.image_token_ids)
 
 
 def _require_same_tasks(key: str, named: dict[str, float] | None, tasks: Sequence[str]) -> None:

@@ -227,12 +227,34 @@ class BoxTerm(Strict):
         return self
 
 
+class ExposureTerm(Strict):
+    """Scheduled sampling: replies are read partly as the model predicts them."""
+
+    rate: float = Field(0.25, gt=0, le=1, description="probability per token where teacher forcing has ended")
+    decay: Literal["linear", "exponential", "inverse_sigmoid"] = Field(
+        "linear", description="how teacher forcing falls with progress"
+    )
+    start: float = Field(0.0, ge=0, lt=1, description="progress before which nothing is exchanged")
+    k: float | None = Field(None, gt=0, description="exponential: left at the end (0.01); inverse_sigmoid: >= 1 (10)")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> ExposureTerm:
+        if self.k is not None and self.decay == "linear":
+            raise ValueError("k means nothing with decay: linear")
+        if self.k is not None and self.decay == "exponential" and self.k >= 1:
+            raise ValueError(f"k {self.k:g} of an exponential decay is what is left at the end, below 1")
+        if self.k is not None and self.decay == "inverse_sigmoid" and self.k < 1:
+            raise ValueError(f"k {self.k:g} of an inverse_sigmoid decay is 1 or more")
+        return self
+
+
 class Loss(Strict):
     weights: KindWeights = Field(
         default_factory=dict, description="kind of token -> weight, a number or [[progress, weight], …]"
     )
     balance: Balance = Balance()
     box: BoxTerm | None = Field(None, description="loss of boxes, read from the probabilities of coordinate tokens")
+    exposure: ExposureTerm | None = Field(None, description="scheduled sampling inside replies")
 
     @model_validator(mode="after")
     def _box_is_read(self) -> Loss:
@@ -398,7 +420,7 @@ def _fields_at(location: tuple) -> list[str]:
         (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
         ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
         ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
-        ("loss", "box"): BoxTerm,
+        ("loss", "box"): BoxTerm, ("loss", "exposure"): ExposureTerm,
     }  # fmt: skip
     names = tuple(step for step in location if isinstance(step, str))
     model = places.get(names) or places.get(names[:2]) or Config

@@ -76,7 +76,8 @@ class TrainingModule(nn.Module):
         self.vlm, self.objective = vlm, objective
 
     def forward(self, batch: Batch, step: StepWeights) -> Losses:
-        return self.objective(self.vlm(batch, step.kinds), self.vlm.head, batch, step)
+        states = self.vlm(batch, step.kinds, self.objective.read(self.vlm, batch, step))
+        return self.objective(states, self.vlm.head, batch, step)
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ class Trainer:
         return {
             "loss": sums.total, "losses": sums.tasks, "plain": sums.plain, "weights": weights.tasks,
             "supervised": weights.tokens, "coefficients": coefficients,
-            "shares": shares, "terms": sums.terms, "boxes": weights.boxes,
+            "shares": shares, "terms": sums.terms, "boxes": weights.boxes, "exposure": weights.exposure,
             "norms": norms, "lr": lr, "samples": samples, "tokens": tokens,
         }  # fmt: skip
 

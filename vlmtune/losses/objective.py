@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlmtune.losses.balance import Balance, ByTokens
 from vlmtune.losses.boxes import BoxLoss
+from vlmtune.losses.exposure import Exposure
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.losses.weights import TokenWeights
 from vlmtune.types import Batch, token_weights
@@ -22,7 +23,7 @@ class StepWeights:
 
     kinds: float32[len(Kind)], the weight of every kind of token at this progress; tasks: sum of token weights of each
     task; tokens: how many tokens carry loss, by task; micro_batches: how many there are; boxes: boxes in replies, where
-    there is a loss of them.
+    there is a loss of them; exposure: the probability that a token of a reply is read as the model predicts it.
     """
 
     kinds: Tensor
@@ -30,6 +31,7 @@ class StepWeights:
     tokens: dict[str, int]
     micro_batches: int
     boxes: int = 0
+    exposure: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,21 @@ class Objective(nn.Module):
     """Next-token cross-entropy, weighted by kind of token, averaged by task, and balanced between tasks.
 
     weights: of tokens, by kind; balance: how the mean losses of tasks become one number (default: every token counts
-    the same, whatever its task); box: is added, as the mean over all boxes of the step. What a balance learns is a
-    parameter of this module.
+    the same, whatever its task); box: is added, as the mean over all boxes of the step; exposure: what is read of
+    replies (default: the replies). What a balance learns is a parameter of this module.
     """
 
-    def __init__(self, weights: TokenWeights | None = None, balance: Balance | None = None, box: BoxLoss | None = None):
+    def __init__(
+        self,
+        weights: TokenWeights | None = None,
+        balance: Balance | None = None,
+        box: BoxLoss | None = None,
+        exposure: Exposure | None = None,
+    ):
         super().__init__()
         self.token_weights = weights or TokenWeights()
         self.balance = balance or ByTokens()
-        self.box = box
+        self.box, self.exposure = box, exposure
 
     def optimizer_groups(self, lr: float) -> list[dict]:
         """Groups for the optimizer of what the balance learns; empty where it learns nothing. Never decayed."""
@@ -86,7 +94,12 @@ class Objective(nn.Module):
                 sums[task] += weight
                 tokens[task] += count
         boxes = 0 if self.box is None else sum(self.box.places(batch).boxes for batch in micro_batches)
-        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches), boxes)
+        exposure = 0.0 if self.exposure is None else self.exposure.rate(progress)
+        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches), boxes, exposure)
+
+    def read(self, vlm: nn.Module, batch: Batch, step: StepWeights) -> Tensor | None:
+        """int64[B, T]: what the model reads in place of the ids of this micro-batch; None: those."""
+        return None if self.exposure is None else self.exposure.inputs(vlm, batch, step.exposure)
 
     def forward(self, states, head: nn.Module, batch: Batch, step: StepWeights) -> Losses:
         """states: `models.vlm.Supervised` of this micro-batch, made with `step.kinds`."""

@@ -44,12 +44,14 @@ class VLM(nn.Module):
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
-    def forward(self, batch: Batch, kind_weights: Tensor | None = None) -> Supervised:
+    def forward(self, batch: Batch, kind_weights: Tensor | None = None, read: Tensor | None = None) -> Supervised:
         """Run the body (vision tower, projector, language model) once; no logits are made.
 
         kind_weights: float32[len(Kind)] of `TokenWeights.at`; None: 1 for every supervised kind.
+        read: int64[B, T], ids to read in place of the batch's, which stay what is predicted (`losses.exposure`).
         """
-        states = self.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+        inputs = batch.inputs if read is None else batch.inputs | {"input_ids": read}
+        states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         kinds = batch.kinds[:, 1:]
         weights = supervised_mask(kinds).float() if kind_weights is None else token_weights(kinds, kind_weights)
         carries = weights > 0

@@ -70,6 +70,7 @@ def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
         "loss_terms": terms.by_task(),
         "task_weights": last["coefficients"],
         "task_shares": last["shares"],
+        "exposure": last["exposure"],
         "lr": last["lr"],
         "norm": float(last["norms"]["total"]),
         "norm_by_rule": {rule: float(norm) for rule, norm in last["norms"].items() if rule != "total"},
@@ -148,7 +149,7 @@ class TensorBoard:
         if state.step % self.log_every:
             return
         record = train_record(state, [metrics])
-        for name in ("loss", "loss_plain", "norm", "tokens_per_second", "samples_per_second", "data_wait"):
+        for name in ("loss", "loss_plain", "norm", "tokens_per_second", "samples_per_second", "data_wait", "exposure"):
             self._writer.add_scalar(f"train/{name}", record[name], state.step)
         for group in ("loss_by_task", "loss_terms", "task_weights", "task_shares", "lr", "norm_by_rule"):
             for name, value in record[group].items():

@@ -41,10 +41,20 @@ def loss_table(objective: Objective, samples: Sequence[Encoded]) -> Table:
         table.add_row(
             task, str(len(kinds)), *cells, f"{sums[task] / len(kinds):.1f}", f"{weight:.3g}", f"{weight / total:.0%}"
         )
-    if (box := objective.box) is not None:
-        table.caption = f"plus, per box of a reply: {box.l1:g} × L1 + {box.giou:g} × (1 - GIoU)"
-        table.caption_justify = "left"
+    table.caption = "\n".join(_further(objective)) or None
+    table.caption_justify = "left"
     return table
+
+
+def _further(objective: Objective) -> list[str]:
+    """A line for everything besides the cross-entropy of tokens."""
+    lines = []
+    if (box := objective.box) is not None:
+        lines.append(f"plus, per box of a reply: {box.l1:g} × L1 + {box.giou:g} × (1 - GIoU)")
+    if (exposure := objective.exposure) is not None:
+        rates = [f"{exposure.rate(progress):.0%} at {progress:.0%}" for progress in (0.0, 0.5, 1.0)]
+        lines.append(f"tokens of replies read as the model predicts them: {', '.join(rates)} of training")
+    return lines
 
 
 def schedule_text(weight: Piecewise) -> str:
