@@ -18,6 +18,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import BinTokens, coordinates
 from vlmtune.data.loader import Steps, load_steps
 from vlmtune.data.mixture import Mixture
+from vlmtune.data.negatives import Form, NegativeSource, form_of_question
 from vlmtune.data.prompts import length_remark, system_prompt
 from vlmtune.data.resolution import set_pixel_limits
 from vlmtune.data.sampling import Order, TemperatureOrder, every_task, grouped, pools_of
@@ -35,7 +36,7 @@ from vlmtune.models.embedded import embedded_digest, write_embedded, write_untra
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.optimizer import build_adamw
-from vlmtune.schedule import Length, cosine_with_warmup, piecewise
+from vlmtune.schedule import Length, Piecewise, combined, cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings
 from vlmtune.types import VlmtuneError
 
@@ -133,11 +134,77 @@ def describe_new_tokens(base: Base) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """A source and its weight in the mixture, over progress."""
+
+    source: SampleSource
+    weight: Piecewise
+
+
+def build_train(wish: Data) -> list[Weighted]:
+    """Every source of data.train, each followed by the negatives that are made of it."""
+    return [member for source in wish.train for member in _with_negatives(source, wish)]
+
+
 def build_source(source: Source, wish: Data) -> SampleSource:
-    """wish: the data section that the source stands in."""
-    plain = _build_plain(source)
+    """The samples of a source themselves. wish: the data section that it stands in."""
+    return _prompted(_build_plain(source), source, wish)
+
+
+def _prompted(plain: SampleSource, source: Source, wish: Data) -> SampleSource:
     prompt = wish.system if source.system == INHERIT else source.system
     return plain if prompt is None else PromptedSource(plain, system_prompt(prompt))
+
+
+def _with_negatives(source: Source, wish: Data) -> list[Weighted]:
+    plain, weight = _build_plain(source), piecewise(source.weight)
+    if source.negatives is None:
+        return [Weighted(_prompted(plain, source, wish), weight)]
+    shares = negative_shares(source, form_of_question(plain[0]))
+    members = []
+    for kind, share in shares.items():
+        asked = source.negatives
+        made = plain if kind == "samples" else NegativeSource(plain, kind, asked.verify, asked.what)
+        if max(share.values) > 0:
+            members.append(Weighted(_prompted(made, source, wish), combined(float.__mul__, weight, share)))
+    return members
+
+
+def negative_shares(source: Source, form: Form) -> dict[str, Piecewise]:
+    """`samples` (the positives) and every kind of negative -> its share of what is drawn from this source.
+
+    Of samples about regions, as many ask whether a name is there where it is ("confirmed") as where it is not; they
+    count as positives. Raises VlmtuneError where that leaves no room for the samples themselves.
+    """
+    wish, is_detection = source.negatives, form == "detection"
+    ratio = piecewise((3.0 if is_detection else 1.0) if wish.ratio is None else wish.ratio)
+    background = (0.0 if is_detection else 1.0) if wish.background is None else wish.background
+    parts = (ratio, piecewise(wish.hard), piecewise(wish.random), piecewise(background))
+
+    def share(of: str) -> Piecewise:
+        def at(ratio: float, hard: float, random: float, background: float) -> float:
+            kinds = {"hard": hard, "random": random, "background": background}
+            if ratio > 0 and sum(kinds.values()) == 0:
+                raise VlmtuneError(f"negatives of {_name_of(source)}: hard, random and background are all 0 at a time.")
+            negatives = ratio / (1.0 + ratio)
+            now = {kind: negatives * part / (sum(kinds.values()) or 1.0) for kind, part in kinds.items()}
+            now["confirmed"] = 0.0 if is_detection else now["hard"] + now["random"]
+            now["samples"] = 1.0 - negatives - now["confirmed"]
+            if now["samples"] < -1e-9:
+                raise VlmtuneError(
+                    f'negatives of {_name_of(source)}: with ratio {ratio:g}, questions answered "no" and as many '
+                    'answered "yes" leave no room for the samples; lower ratio, or raise background.'
+                )
+            return max(now[of], 0.0)
+
+        return combined(at, *parts)
+
+    return {of: share(of) for of in ("samples", "hard", "random", "background", "confirmed")}
+
+
+def _name_of(source: Source) -> str:
+    return source.path or f"scenes {source.scenes} {source.task}"
 
 
 def _build_plain(source: Source) -> SampleSource:
@@ -187,7 +254,10 @@ def count_samples(order: Order, sources: Sequence[SampleSource]) -> Callable[[in
 
 def build_eval_groups(config: Config) -> dict[str, list[SampleSource]]:
     wish = config.data
-    groups = {name: [build_source(source, wish) for source in sources] for name, sources in wish.eval.items()}
+    groups = {
+        name: [member.source for source in sources for member in _with_negatives(source, wish)]
+        for name, sources in wish.eval.items()
+    }
     for name, sources in groups.items():
         for source in sources:
             if source.size is None:
@@ -294,18 +364,19 @@ def build_settings(config: Config, sizes: Sequence[int | None], precision: str) 
     )
 
 
-def build_steps(config: Config, sources: list[SampleSource], encoder: Encoder, steps: int) -> Steps:
-    return Steps(
-        sources, build_order(config, sources, steps), encoder, config.train.batch_size, config.train.micro_batch_size
-    )
+def build_steps(
+    config: Config, sources: list[SampleSource], weights: Sequence[Piecewise], encoder: Encoder, steps: int
+) -> Steps:
+    order = build_order(config, sources, weights, steps)
+    return Steps(sources, order, encoder, config.train.batch_size, config.train.micro_batch_size)
 
 
-def build_order(config: Config, sources: Sequence[SampleSource], steps: int) -> Order:
-    """Which sample is number k, as data.sampling says."""
+def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequence[Piecewise], steps: int) -> Order:
+    """Which sample is number k, as data.sampling says. weights: of the sources, where they decide."""
     wish, batch, seed = config.data.sampling, config.train.batch_size, config.train.seed
     sizes = [source.size for source in sources]
     if wish.by == "weights":
-        return Mixture(sizes, [piecewise(source.weight) for source in config.data.train], steps * batch, seed)
+        return Mixture(sizes, weights, steps * batch, seed)
     pools = pools_of([source.tasks() for source in sources], sizes)
     if wish.by == "every_task":
         return every_task(pools, steps, batch, seed)
@@ -431,7 +502,7 @@ def fingerprint_tree(config: Config) -> dict:
 
 __all__ = [
     "FittedData", "build_encoder", "build_eval_groups", "build_objective", "build_optimizer", "last_shared_block",
-    "build_settings", "build_source", "build_steps", "cache_folder",
+    "build_settings", "build_source", "build_steps", "build_train", "cache_folder",
     "changes", "count_samples", "describe_new_tokens", "describe_sources", "describe_surveys", "fingerprint_tree",
     "fit_data", "load_base", "load_model",
     "policies", "remarks_on_prompts", "resolve_model", "source_names", "step_loader", "total_steps",

@@ -66,7 +66,7 @@ def check_data(config: Config, console: Console, output: Path | None = None, wor
 def split_sources(config: Config) -> tuple[list[SplitSource], list[str]]:
     """The file sources of data.train and then of data.eval, and the names of the generated ones."""
     train = [build_source(source, config.data) for source in config.data.train]
-    found, skipped = [], []
+    found, skipped = [], []  # negatives are made of these rows: nothing new is read for them
 
     def add(members: Sequence[SampleSource], split: str, prefix: str) -> None:
         for source, name in zip(members, source_names(members), strict=True):

@@ -61,6 +61,36 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
+class Negatives(Strict):
+    """Questions about what is not there, made of the samples of a source, each kind a task and a source of its own."""
+
+    ratio: ScheduleValue | None = Field(
+        None, description="negatives per sample, a schedule (default: 3 where replies are boxes, 1 for regions)"
+    )
+    hard: ScheduleValue = Field(1.0, description="part of negatives: another name of the same kind")
+    random: ScheduleValue = Field(1.0, description="part of negatives: any other name")
+    background: ScheduleValue | None = Field(
+        None, description="part of negatives: empty places (default: 0 where replies are boxes, 1 for regions)"
+    )
+    verify: str = Field("Is {name} in {region}?", description="question whether a name is at a place (regions)")
+    what: str = Field("What is in {region}?", description="question what is at an empty place (replies with boxes)")
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Negatives:
+        parts = {name: piecewise(getattr(self, name) or 0.0).values for name in ("hard", "random", "background")}
+        parts["ratio"] = piecewise(1.0 if self.ratio is None else self.ratio).values
+        for name, values in parts.items():
+            if min(values) < 0:
+                raise ValueError(f"{name} is {min(values):g} at some time; parts and ratios are 0 or more")
+        if max(parts["ratio"]) == 0:
+            raise ValueError("ratio is 0 all the time; leave negatives out")
+        for question, fields in ((self.verify, ("{name}", "{region}")), (self.what, ("{region}",))):
+            wrong = [field for field in fields if question.count(field) != 1]
+            if wrong:
+                raise ValueError(f"the question {question!r} holds {wrong[0]} not exactly once")
+        return self
+
+
 class Source(Strict):
     """One stream of samples: conversations on disk or hub (`path`), or the scenes that ship with vlmtune (`scenes`)."""
 
@@ -80,6 +110,7 @@ class Source(Strict):
         INHERIT, description='system prompt: a name, file:path, a text, null, or "default" (data.system)'
     )
     start: int = Field(0, ge=0, description="index of the first scene (not for files)")
+    negatives: Negatives | None = Field(None, description="questions about what is not there, beside the samples")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
@@ -95,6 +126,8 @@ class Source(Strict):
             raise ValueError("image_root belongs to files; scenes draw their images")
         if self.turns > 1 and (self.scenes is None or self.split != "train" or self.task in ("caption", "ocr")):
             raise ValueError("turns belongs to training scenes of vqa, grounding or referring")
+        if self.negatives is not None and self.scenes is not None and self.task not in ("grounding", "referring"):
+            raise ValueError(f"negatives belong to scenes of grounding or referring, not {self.task}")
         return self
 
 
@@ -151,6 +184,9 @@ class Data(Strict):
             raise ValueError(f"on_overlong: {self.on_overlong} needs a max_length")
         if self.sampling.by != "weights" and any(source.weight != 1.0 for source in self.train):
             raise ValueError(f"sampling by {self.sampling.by} draws from tasks; leave out the weights of sources")
+        ratios = any(source.negatives is not None and source.negatives.ratio is not None for source in self.train)
+        if self.sampling.by != "weights" and ratios:
+            raise ValueError(f"sampling by {self.sampling.by} draws from tasks; leave out the ratio of negatives")
         return self
 
 
@@ -420,6 +456,7 @@ def _fields_at(location: tuple) -> list[str]:
         (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
         ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
         ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
+        ("data", "train", "negatives"): Negatives,
         ("loss", "box"): BoxTerm, ("loss", "exposure"): ExposureTerm,
     }  # fmt: skip
     names = tuple(step for step in location if isinstance(step, str))

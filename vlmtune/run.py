@@ -27,8 +27,8 @@ from vlmtune.build import (
     build_objective,
     build_optimizer,
     build_settings,
-    build_source,
     build_steps,
+    build_train,
     changes,
     count_samples,
     describe_new_tokens,
@@ -81,7 +81,8 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     base = load_base(config)
     model = base.model
     encoder = build_encoder(base.processor, model, config.data)
-    sources = [build_source(source, config.data) for source in config.data.train]
+    train_set = build_train(config.data)
+    sources, weights = [member.source for member in train_set], [member.weight for member in train_set]
     groups = build_eval_groups(config)
     for line in describe_sources(sources, groups):
         console.print(f"data: {line}", highlight=False, markup=False)
@@ -96,7 +97,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         console.print(f"data: {line}", highlight=False, markup=False)
     precision = resolve_precision(config.train.precision, device)
     settings = build_settings(config, [source.size for source in sources], precision)
-    steps = build_steps(config, sources, encoder, settings.total_steps)
+    steps = build_steps(config, sources, weights, encoder, settings.total_steps)
     plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
     objective = build_objective(config, sources, plan, encoder)
     if config.train.gradient_checkpointing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlmtune.errors import VlmtuneError
@@ -40,6 +40,12 @@ def piecewise(value: Steps) -> Piecewise:
             "at 0, rise, and stay within 1."
         )
     return Piecewise(starts, values)
+
+
+def combined(function: Callable[..., float], *schedules: Piecewise) -> Piecewise:
+    """The schedule that is at every progress `function` of the values of these."""
+    starts = sorted({start for schedule in schedules for start in schedule.starts})
+    return Piecewise(tuple(starts), tuple(function(*(s(start) for s in schedules)) for start in starts))
 
 
 _LENGTH = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(steps?|epochs?|samples?|%)?\s*")

@@ -13,8 +13,8 @@ from vlmtune.build import (
     FittedData,
     build_encoder,
     build_settings,
-    build_source,
     build_steps,
+    build_train,
     describe_sources,
     fit_data,
     load_base,
@@ -41,7 +41,8 @@ def inspect_sample(config: Config, sample_id: str | None, page: Path, console: C
     """Print and write the token view of one sample: the same encoder and data order as training."""
     base = load_base(config)
     encoder = build_encoder(base.processor, base.model, config.data)
-    raw = [build_source(source, config.data) for source in config.data.train]
+    train_set = build_train(config.data)
+    raw = [member.source for member in train_set]
     with CountingBar(console) as bar:
         fitted = fit_data(config, encoder, raw, {}, bar)
     sources = fitted.sources
@@ -49,7 +50,7 @@ def inspect_sample(config: Config, sample_id: str | None, page: Path, console: C
         console.print(f"data: {line}", highlight=False, markup=False)
     if sample_id is None:
         settings = build_settings(config, [s.size for s in sources], "fp32")
-        steps = build_steps(config, sources, encoder, settings.total_steps)
+        steps = build_steps(config, sources, [member.weight for member in train_set], encoder, settings.total_steps)
         steps.order.decide(0)
         source, row = steps.order[0]
         found = fitted_sample(sources[source], row)

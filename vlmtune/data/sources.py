@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from vlmtune.data.atlas import atlas
 from vlmtune.data.files import open_reader
+from vlmtune.data.negatives import objects_of
 from vlmtune.data.prompts import SystemPrompt
 from vlmtune.data.rows import Row, format_of, parse_row
 from vlmtune.data.scenes import SceneRecipe
@@ -59,6 +61,10 @@ class SceneSource:
 
     def tasks(self) -> list[str]:
         return [self._task] * (self.size or 1)
+
+    def names(self) -> dict[str, str]:
+        """Name -> kind of everything these scenes are made of."""
+        return {name: atlas()[name].kind for name in self._recipe.names}
 
 
 class PromptedSource:
@@ -147,3 +153,13 @@ class FileSource:
 
     def tasks(self) -> list[str]:
         return [self[index].task for index in range(self.size)]
+
+    def names(self) -> dict[str, str]:
+        """Name -> kind of all objects that rows tell of in `meta.objects`. Reads every row."""
+        found: dict[str, str] = {}
+        for index in range(self.size):
+            try:
+                found |= {thing.name: thing.kind for thing in objects_of(self[index])}
+            except VlmtuneError:  # whoever uses the row hears of it; on_bad_row says whether that ends the run
+                continue
+        return found

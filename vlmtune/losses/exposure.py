@@ -74,7 +74,6 @@ class Exposure:
         with torch.no_grad():
             hidden = vlm(batch).hidden[chosen[carries]]
             said = torch.cat([vlm.head(rows).argmax(-1) for rows in hidden.split(ROWS_AT_ONCE)])
-        torch.clear_autocast_cache()  # it holds weights cast without gradient, and the second pass would take those
         read = ids.clone()
         read[:, 1:][chosen] = torch.where(torch.isin(said, kept), ids[:, 1:][chosen], said)
         return read
