@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vlmtune.adapt.plan import Plan, Policy
-from vlmtune.config import INHERIT, Config, Data, Rule, Source
+from vlmtune.config import INHERIT, BoxTerm, Config, Data, Rule, Source
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import BinTokens, coordinates
 from vlmtune.data.loader import Steps, load_steps
@@ -29,11 +29,13 @@ from vlmtune.data.window import Window
 from vlmtune.losses.balance import Balance, Fixed, GradNorm, InitialLosses, InverseInitial, Uncertainty
 from vlmtune.losses.boxes import BoxLoss
 from vlmtune.losses.exposure import Exposure, ExposureRate
-from vlmtune.losses.objective import Objective
+from vlmtune.losses.objective import Objective, Term
+from vlmtune.losses.referring import HeadBoxLoss, ReferringLoss
 from vlmtune.losses.weights import TokenWeights
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor
+from vlmtune.models.readouts import attach_readouts, readouts_of
 from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.schedule import Length, Piecewise, combined, cosine_with_warmup, piecewise
@@ -93,7 +95,17 @@ def load_base(config: Config) -> Base:
     remark = set_template(processor, config.data.template)
     model = load_model(path)
     wanted = _wanted_tokens(config.data, model, processor.tokenizer)
-    return Base(path, model, processor, add_tokens(model, processor.tokenizer, wanted), remark)
+    new_tokens = add_tokens(model, processor.tokenizer, wanted)
+    if readouts := wanted_readouts(config):
+        attach_readouts(model, sorted(readouts), config.train.seed)
+    return Base(path, model, processor, new_tokens, remark)
+
+
+def wanted_readouts(config: Config) -> set[str]:
+    """Names of the heads that the losses of this config read."""
+    wish = config.loss
+    heads = {"box"} if wish.box is not None and wish.box.read == "head" else set()
+    return heads if wish.referring is None else heads | _referring(config).heads
 
 
 def _wanted_tokens(data: Data, model: torch.nn.Module, tokenizer) -> list[str]:
@@ -116,11 +128,12 @@ def _convention(wish: str, model: torch.nn.Module) -> str:
 
 def build_encoder(processor, model: torch.nn.Module, wish: Data | None = None) -> Encoder:
     """wish: the data section of the config; None: the model as it is, without a limit of length."""
+    reads_regions = readouts_of(model) is not None
     if wish is None:
-        return Encoder(processor, coordinates(anatomy_of(model).coordinates))
+        return Encoder(processor, coordinates(anatomy_of(model).coordinates), reads_regions=reads_regions)
     set_pixel_limits(processor.image_processor, wish.min_pixels, wish.max_pixels)
     convention = coordinates(_convention(wish.coordinates, model))
-    return Encoder(processor, convention, wish.max_length, wish.max_pixels_per_sample)
+    return Encoder(processor, convention, wish.max_length, wish.max_pixels_per_sample, reads_regions)
 
 
 def describe_new_tokens(base: Base) -> str:
@@ -392,7 +405,7 @@ def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan,
     wish = config.loss.balance
     weights = TokenWeights({kind: piecewise(weight) for kind, weight in config.loss.weights.items()})
     if wish.by == "tokens":
-        return Objective(weights, box=_box_loss(config, encoder), exposure=_exposure(config, encoder))
+        return Objective(weights, None, _terms(config, encoder), _exposure(config, encoder))
     tasks = sorted(set().union(*(source.tasks() for source in sources)))
     for name in ("weights", "initial"):
         _require_same_tasks(f"loss.balance.{name}", getattr(wish, name), tasks)
@@ -406,17 +419,28 @@ def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan,
             balance = Uncertainty(tasks)
         case "gradnorm":
             balance = GradNorm(initial, last_shared_block(plan), 1.5 if wish.alpha is None else wish.alpha)
-    return Objective(weights, balance, _box_loss(config, encoder), _exposure(config, encoder))
+    return Objective(weights, balance, _terms(config, encoder), _exposure(config, encoder))
 
 
-def _box_loss(config: Config, encoder: Encoder) -> BoxLoss | None:
-    wish, convention = config.loss.box, encoder.coordinates
-    if wish is None:
-        return None
+def _terms(config: Config, encoder: Encoder) -> list[Term]:
+    box, referring = config.loss.box, config.loss.referring
+    terms: list[Term] = []
+    if box is not None:
+        terms.append(HeadBoxLoss(box.l1, box.giou) if box.read == "head" else _token_box_loss(box, encoder))
+    return terms if referring is None else [*terms, _referring(config)]
+
+
+def _referring(config: Config) -> ReferringLoss:
+    wish = config.loss.referring
+    return ReferringLoss(wish.mask, wish.box, wish.consistency)
+
+
+def _token_box_loss(wish: BoxTerm, encoder: Encoder) -> BoxLoss:
+    convention = encoder.coordinates
     if not isinstance(convention, BinTokens):
         raise VlmtuneError(
-            f"loss.box reads boxes from coordinate tokens, but this model writes them as {convention.name!r}; leave it "
-            "out, or set data.coordinates to bins or bins1000 (with data.add_coordinate_tokens where they are new)."
+            f"loss.box reads boxes from coordinate tokens, but this model writes them as {convention.name!r}; set "
+            "read: head, or data.coordinates to bins or bins1000 (with data.add_coordinate_tokens where they are new)."
         )
     token_id = encoder.tokenizer.convert_tokens_to_ids
     values = {token_id(token): value for token, value in convention.numbers().items()}

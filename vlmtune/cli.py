@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.paths import require_new_file
+from vlmtune.paths import require_folder, require_new_file
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,15 +74,24 @@ def predict(
     system: Annotated[
         str | None, typer.Option(help="system prompt: a name, file:path or a text (default: the run's)")
     ] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="folder for masks of the region and the boxes (run with loss.referring)")
+    ] = None,
 ) -> None:
     """The reply to one question about one image, with boxes and points read back to pixels."""
     from vlmtune.use import predict as run
 
-    prediction = run(image, prompt, model, checkpoint, region, max_new_tokens, system)
+    if masks is not None:
+        require_folder(masks, "--masks", "choose another folder")
+    prediction = run(image, prompt, model, checkpoint, region, max_new_tokens, system, masks is not None)
     console.print(prediction.text, markup=False, highlight=False)
     for what, places in (("box", prediction.boxes), ("point", prediction.points), ("click", prediction.clicks)):
         for place in places:
             console.print(f"{what} in pixels: " + ", ".join(f"{v:.1f}" for v in place), highlight=False)
+    for number, mask in enumerate(prediction.masks):
+        masks.mkdir(parents=True, exist_ok=True)
+        mask.save(masks / f"mask_{number}.png")
+        console.print(f"mask: {masks / f'mask_{number}.png'}", highlight=False, markup=False)
 
 
 @app.command()

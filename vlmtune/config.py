@@ -255,11 +255,28 @@ class BoxTerm(Strict):
 
     l1: float = Field(1.0, ge=0, description="weight of the absolute differences, summed over four numbers")
     giou: float = Field(1.0, ge=0, description="weight of 1 - generalised IoU")
+    read: Literal["tokens", "head"] = Field(
+        "tokens", description="from the probabilities of coordinate tokens, or by a new head from the state before them"
+    )
 
     @model_validator(mode="after")
     def _has_weight(self) -> BoxTerm:
         if self.l1 == self.giou == 0:
             raise ValueError("l1 and giou are both 0, so nothing would be added; leave loss.box out")
+        return self
+
+
+class ReferringTerm(Strict):
+    """Losses of every region that has a mask, read by new heads."""
+
+    mask: float = Field(1.0, ge=0, description="weight of the binary cross-entropy of the mask")
+    box: float = Field(0.5, ge=0, description="weight of L1 + 1 - generalised IoU of the box")
+    consistency: float = Field(0.1, ge=0, description="weight of the squared difference of mask and box")
+
+    @model_validator(mode="after")
+    def _has_weight(self) -> ReferringTerm:
+        if self.mask == self.box == self.consistency == 0:
+            raise ValueError("mask, box and consistency are all 0, so nothing would be added; leave referring out")
         return self
 
 
@@ -289,12 +306,14 @@ class Loss(Strict):
         default_factory=dict, description="kind of token -> weight, a number or [[progress, weight], …]"
     )
     balance: Balance = Balance()
-    box: BoxTerm | None = Field(None, description="loss of boxes, read from the probabilities of coordinate tokens")
+    box: BoxTerm | None = Field(None, description="loss of the boxes of replies")
+    referring: ReferringTerm | None = Field(None, description="losses of regions that have a mask")
     exposure: ExposureTerm | None = Field(None, description="scheduled sampling inside replies")
 
     @model_validator(mode="after")
     def _box_is_read(self) -> Loss:
-        if self.box is not None and min(piecewise(self.weights.get("box", 1.0)).values) == 0:
+        by_tokens = self.box is not None and self.box.read == "tokens"
+        if by_tokens and min(piecewise(self.weights.get("box", 1.0)).values) == 0:
             raise ValueError("box reads tokens that carry loss; keep weights.box above 0 all the time")
         return self
 
@@ -457,7 +476,7 @@ def _fields_at(location: tuple) -> list[str]:
         ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
         ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
         ("data", "train", "negatives"): Negatives,
-        ("loss", "box"): BoxTerm, ("loss", "exposure"): ExposureTerm,
+        ("loss", "box"): BoxTerm, ("loss", "referring"): ReferringTerm, ("loss", "exposure"): ExposureTerm,
     }  # fmt: skip
     names = tuple(step for step in location if isinstance(step, str))
     model = places.get(names) or places.get(names[:2]) or Config

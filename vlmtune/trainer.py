@@ -24,6 +24,7 @@ from vlmtune.checkpoint import (
     save_checkpoint,
 )
 from vlmtune.losses.objective import Losses, Objective, StepWeights
+from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import set_learning_rates
@@ -77,7 +78,7 @@ class TrainingModule(nn.Module):
 
     def forward(self, batch: Batch, step: StepWeights) -> Losses:
         states = self.vlm(batch, step.kinds, self.objective.read(self.vlm, batch, step))
-        return self.objective(states, self.vlm.head, batch, step)
+        return self.objective(states, self.vlm.head, batch, step, readouts_of(self.vlm.model))
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class Trainer:
         return {
             "loss": sums.total, "losses": sums.tasks, "plain": sums.plain, "weights": weights.tasks,
             "supervised": weights.tokens, "coefficients": coefficients,
-            "shares": shares, "terms": sums.terms, "boxes": weights.boxes, "exposure": weights.exposure,
+            "shares": shares, "terms": sums.terms, "term_counts": weights.counts, "exposure": weights.exposure,
             "norms": norms, "lr": lr, "samples": samples, "tokens": tokens,
         }  # fmt: skip
 

@@ -5,7 +5,7 @@ Level 0: torch and the standard library only. Shapes use B (samples), T (tokens)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Literal
@@ -77,12 +77,14 @@ class ImageName:
 class Boxes:
     """Boxes in upright original pixels of image number `image` of the sample; rendered in the model's own convention.
 
-    `region=True` is a place the text refers to (usually in a question), False an answer.
+    `region=True` is a place the text refers to (usually in a question), False an answer. masks: of each box, an image
+    file or the bytes of one, as large as the image, that is not 0 where the object is; none, or one per box.
     """
 
     boxes: tuple[Box, ...]
     region: bool = False
     image: int = 0
+    masks: tuple[Path | bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,13 +189,48 @@ class ImageGeometry:
         )
 
 
+PER_PATCH = 8
+"""Cells of a mask target along each side of a patch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A box of a sample, as the read-outs of `models.readouts` see it.
+
+    at: the token whose state is read: in a reply (is_answer) the one before the first number of the box, elsewhere the
+    last one of the box. box: float32[4], x1 y1 x2 y2 in fractions of the canvas. list_of: which list of boxes of the
+    sample it stands in. image: the one it is in. patches: int64[rows, columns], the tokens of that image; None where
+    they are not one grid. mask: float32[rows x PER_PATCH, columns x PER_PATCH], the share of each cell of the canvas
+    that is covered, or None.
+    """
+
+    at: int
+    box: Tensor
+    list_of: int
+    is_answer: bool
+    image: int = 0
+    patches: Tensor | None = None
+    mask: Tensor | None = None
+
+    def shifted(self, by: int) -> Region:
+        """The same with `by` tokens in front."""
+        patches = None if self.patches is None else self.patches + by
+        return replace(self, at=self.at + by, patches=patches)
+
+    def to(self, device: torch.device) -> Region:
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=True)
+
+        return replace(self, box=moved(self.box), patches=moved(self.patches), mask=moved(self.mask))
+
+
 @dataclass
 class Encoded:
     """One sample, ready for a batch.
 
     ids int64[T]; kinds int8[T] (`Kind`); turn int16[T] (index of the turn a token belongs to, -1 = template);
     pixels: the image processor's own tensors for all images of this sample; token_extras: per-token model inputs
-    besides ids (for example mm_token_type_ids int64[T]); geometry: one per image.
+    besides ids (for example mm_token_type_ids int64[T]); geometry: one per image; regions: where read-outs look.
     """
 
     id: str
@@ -205,6 +242,7 @@ class Encoded:
     token_extras: dict[str, Tensor]
     geometry: list[ImageGeometry]
     origin: str = ""
+    regions: list[Region] = field(default_factory=list)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -219,17 +257,19 @@ class Batch:
     """One micro-batch, right-padded.
 
     inputs: keyword arguments of the model's forward (input_ids int64[B, T], attention_mask int64[B, T], pixels …);
-    kinds int8[B, T] with `Kind.PADDING` where there is no token.
+    kinds int8[B, T] with `Kind.PADDING` where there is no token; regions: (row, region), where read-outs look.
     """
 
     inputs: dict[str, Tensor]
     kinds: Tensor
     tasks: list[str]
     sample_ids: list[str]
+    regions: list[tuple[int, Region]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return Batch(inputs, self.kinds.to(device, non_blocking=True), self.tasks, self.sample_ids)
+        regions = [(row, region.to(device)) for row, region in self.regions]
+        return Batch(inputs, self.kinds.to(device, non_blocking=True), self.tasks, self.sample_ids, regions)
 
 
 def supervised_mask(kinds: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from vlmtune.adapt.library import merge_adapters
 from vlmtune.adapt.new_rows import merge_new_rows
@@ -32,8 +34,10 @@ from vlmtune.data.prompts import system_prompt
 from vlmtune.data.sources import with_system
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
+from vlmtune.evaluate.regions import masks_of_sample
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.load import load_processor, save_processor
+from vlmtune.models.readouts import detach_readouts
 from vlmtune.observe.log import CountingBar
 from vlmtune.outcome import metrics_table
 from vlmtune.types import Box, Boxes, ImageRef, Point, Sample, Text, Turn, VlmtuneError
@@ -104,12 +108,16 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A generated reply, with its boxes, points and clicks in original pixels."""
+    """A generated reply, with its boxes, points and clicks in original pixels.
+
+    masks: where they were asked for, of the region of the prompt, then of every box of the reply.
+    """
 
     text: str
     boxes: list[Box]
     points: list[Point]
     clicks: list[Point]
+    masks: list[Image.Image]
 
 
 def predict(
@@ -120,11 +128,13 @@ def predict(
     region: str | None,
     max_new_tokens: int,
     system: str | None = None,
+    with_masks: bool = False,
 ) -> Prediction:
     """The reply and what it points at. `[region]` in the prompt stands for `region` "x1,y1,x2,y2".
 
     checkpoint: of a run (None: the latest); refused for any other model.
-    system: a system prompt as in a config; None: that of the run, if `model` is one.
+    system: a system prompt as in a config; None: that of the run, if `model` is one. with_masks: of a run that trained
+    a mask head; raises VlmtuneError for any other, and where nothing has a place to give a mask of.
     """
     if not image.is_file():
         raise VlmtuneError(f"image {image} does not exist.")
@@ -148,7 +158,19 @@ def predict(
     text = reply(network, encoder, sample, max_new_tokens)
     geometry = encoder.encode_prompt(sample).geometry[0]
     points, clicks = (encoder.coordinates.parse_points(text, geometry, click) for click in (False, True))
-    return Prediction(text, encoder.coordinates.parse(text, geometry), points, clicks)
+    boxes = encoder.coordinates.parse(text, geometry)
+    masks = _masks(network, encoder, sample, text, boxes) if with_masks else []
+    return Prediction(text, boxes, points, clicks, masks)
+
+
+def _masks(network, encoder: Encoder, sample: Sample, text: str, boxes: list[Box]) -> list[Image.Image]:
+    if not boxes and not any(isinstance(part, Boxes) for turn in sample.turns for part in turn.parts):
+        raise VlmtuneError(f"nothing to give a mask of: no --region, and no box in the reply {text[:60]!r}.")
+    if boxes:
+        words = encoder.coordinates.without_places(text).strip()
+        parts = (*((Text(words + " "),) if words else ()), Boxes(tuple(boxes)))
+        sample = replace(sample, turns=(*sample.turns, Turn("assistant", parts)))
+    return masks_of_sample(network, encoder, sample)
 
 
 def _prompt_parts(prompt: str, region: str | None) -> list[Text | Boxes]:
@@ -188,6 +210,7 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
         reference = loaded.model(**batch.inputs, use_cache=False).logits
     merged = merge_adapters(loaded.model)
     merge_new_rows(loaded.model)
+    readouts = detach_readouts(loaded.model)
     if anatomy_of(loaded.model).coordinates != loaded.encoder.coordinates.name:
         loaded.model.config.coordinates = loaded.encoder.coordinates.name
     _stop_at_end_of_reply(loaded)
@@ -196,6 +219,8 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
     draft.mkdir(parents=True)
     try:
         loaded.model.save_pretrained(draft)
+        if readouts:
+            save_file(readouts, draft / "heads.safetensors", metadata={"format": "pt"})
         save_processor(loaded.encoder.processor, loaded.model_path, draft)
         again = load_model(str(draft)).eval()
         with torch.inference_mode():
@@ -208,6 +233,7 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
                 f"(limit {LOGIT_TOLERANCE:g}); nothing was exported."
             )
         base = load_base(loaded.config)
+        detach_readouts(base.model)
         before, after = base.model.state_dict(), again.state_dict()
         changed = sum(not torch.equal(before[name], after[name]) for name in before)
         if changed == 0:
@@ -215,7 +241,8 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console) -> di
                 "export: every tensor equals the base model's; nothing was trained, nothing was exported."
             )
         proof = {"run": str(run), "checkpoint": _step_of(run, checkpoint), "merged_modules": merged,
-                 "changed_tensors": changed, "tensors": len(before), "new_tokens": len(base.new_tokens),
+                 "readouts": sorted(readouts), "changed_tensors": changed,
+                 "tensors": len(before), "new_tokens": len(base.new_tokens),
                  "relative_logit_gap": gap, "system": _system_text(loaded.config)}  # fmt: skip
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
         for file in draft.iterdir():  # safetensors writes files that only their owner may read

@@ -91,6 +91,8 @@ def apply_plan(
     unreachable = unreachable_parameters(model)
     parts_with_new_rows = _parts_with_new_rows(assignment, new_tokens)
 
+    _require_heads_train(assignment)
+
     targets: dict[str, LoraTarget] = {}
     for path, module in model.named_modules():
         if type(module) is not nn.Linear:
@@ -135,6 +137,16 @@ def apply_plan(
         lora=lora,
         new_tokens=new_tokens,
     )
+
+
+def _require_heads_train(assignment: dict[str, tuple[str, Policy]]) -> None:
+    """Read-outs are as random as they were made: they learn fully or they are noise."""
+    for name, (pattern, policy) in assignment.items():
+        if name.startswith("heads.") and policy.train != "full":
+            raise VlmtuneError(
+                f"plan: rule {pattern!r} says {policy.train}, but covers {name}, which is new and random; put a rule "
+                "{match: heads, train: full} in front."
+            )
 
 
 def _adapted(name: str) -> str:

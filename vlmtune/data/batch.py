@@ -35,7 +35,12 @@ def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right"
         inputs[name] = pad([s.token_extras[name] for s in samples], 0)
     inputs |= _collate_pixels([s.pixels for s in samples])
     kinds = pad([s.kinds for s in samples], int(Kind.PADDING))
-    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples])
+    regions = [
+        (row, region.shifted(length - len(sample) if side == "left" else 0))
+        for row, sample in enumerate(samples)
+        for region in sample.regions
+    ]
+    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions)
 
 
 def _collate_pixels(pixels: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -36,6 +36,9 @@ class Coordinates(ABC):
     """One convention, both directions. A new one says how the rows of a tag become text and are found in text."""
 
     name: str
+    number: ClassVar[re.Pattern]
+    """What one number looks like."""
+    numbers_of_a_box: ClassVar[int] = 4
 
     def render(self, boxes: Sequence[Box], geometry: ImageGeometry, region: bool = False) -> str:
         """The boxes (original pixels) as this model writes them; "" when there are none.
@@ -44,7 +47,7 @@ class Coordinates(ABC):
         is cut off. VlmtuneError: a box that is not finite, has x2 < x1 or y2 < y1, sticks out of its image by more
         than a pixel, or of which the model sees nothing.
         """
-        rows = [_box_to_row(box, geometry) for box in boxes]
+        rows = [box_row(box, geometry) for box in boxes]
         return self._write("region" if region else "box", rows, geometry) if rows else ""
 
     def render_points(self, points: Sequence[Point], geometry: ImageGeometry, click: bool = False) -> str:
@@ -74,6 +77,10 @@ class Coordinates(ABC):
         rows = self._read("click" if click else "point", text, geometry)
         points = (_row_to_point(row, geometry, slack) for row in rows)
         return [point for point in points if point is not None]
+
+    def box_starts(self, text: str) -> list[int]:
+        """Where the first number of every box begins in a text that `render` wrote."""
+        return [match.start() for match in self.number.finditer(text)][:: self.numbers_of_a_box]
 
     def tokens(self) -> list[str]:
         """Tokens the tokenizer must have for this convention.
@@ -147,7 +154,8 @@ def _pair(*names: str) -> re.Pattern:
 # ---- original pixels <-> fractions of the canvas ------------------------------------------------------------------
 
 
-def _box_to_row(box: Box, geometry: ImageGeometry) -> Row:
+def box_row(box: Box, geometry: ImageGeometry) -> Row:
+    """A box in original pixels -> what the model sees of it, in fractions of the canvas. Raises as `render` does."""
     x1, y1, x2, y2 = box
     if not all(math.isfinite(value) for value in box) or x2 < x1 or y2 < y1:
         raise VlmtuneError(f"Box {tuple(box)} is not x1 <= x2, y1 <= y2 in finite pixels; correct it in the data.")

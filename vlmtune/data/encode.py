@@ -19,18 +19,18 @@ import copy
 import hashlib
 import json
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vlmtune import __version__
-from vlmtune.data.coordinates import Coordinates
+from vlmtune.data.coordinates import Coordinates, box_row
 from vlmtune.data.pictures import Pictures, ProcessedImages
+from vlmtune.data.regions import regions_of
+from vlmtune.data.tokenise import Piece, PieceTokeniser, Place, split_at_boxes
 from vlmtune.types import (
     SUPERVISED,
     Boxes,
@@ -51,23 +51,12 @@ SENTINEL = re.compile(f"{OPEN}(\\d*){CLOSE}")
 ROLES = ("system", "user", "assistant")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of the rendered text. `control`: may contain real control tokens. `opens`: a reply starts here."""
-
-    text: str
-    kind: Kind
-    turn: int = -1
-    control: bool = False
-    opens: bool = False
-
-
 class Encoder:
     """Encodes samples for one model.
 
     processor: any `ProcessorMixin` with a tokenizers-backed tokenizer and a chat template; coordinates: how this model
     writes boxes; max_length: tokens, image placeholders included (None = no limit); max_pixels_per_sample: of
-    all images of a sample together.
+    all images of a sample together; reads_regions: find out where read-outs look, and decode masks.
     """
 
     def __init__(
@@ -76,24 +65,19 @@ class Encoder:
         coordinates: Coordinates,
         max_length: int | None = None,
         max_pixels_per_sample: int | None = None,
+        reads_regions: bool = False,
     ):
         if getattr(processor, "chat_template", None) is None:
             raise VlmtuneError("The processor has no chat template: add chat_template.jinja to the model folder.")
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self._own_tokenizer = copy.deepcopy(processor.tokenizer.backend_tokenizer)  # nobody else sets its padding
-        self._own_tokenizer.no_padding()
-        self._own_tokenizer.no_truncation()
         self.coordinates = coordinates
-        self.max_length = max_length
+        self.max_length, self.reads_regions = max_length, reads_regions
         self.pictures = Pictures(processor, max_pixels_per_sample)
         _require_tokens(self.tokenizer, coordinates)
         self.image_token_ids = {int(i) for i in processor.image_token_ids if i is not None}
-        self._control_tokens = _control_tokens(self.tokenizer, processor.chat_template, coordinates.tokens())
-        self._control_re = re.compile("|".join(map(re.escape, sorted(self._control_tokens, key=len, reverse=True))))
-        self._control_text = {index: token for token, index in self._control_tokens.items()}
+        self._tokens = PieceTokeniser(self.tokenizer, processor.chat_template, coordinates.tokens())
         self._prefix_ids = _automatic_prefix(self.tokenizer)
-        self._start_matters = self._ids("a") != self._ids_behind("\n", "a")
         self._trims = {role: self._template_trims(role) for role in ROLES}
         self._lead = self._reply_lead()
         text_only = processor(text=["a"], return_tensors="pt")
@@ -147,7 +131,7 @@ class Encoder:
     def count(self, sample: Sample) -> int:
         """Tokens of `encode(sample)`, images included, without decoding one: their sizes stand in file headers."""
         images = self.pictures.measure(sample.images, sample.max_pixels, _where(sample))
-        return len(self._tokens_of(sample, sample.turns, images, prompt=False)[0])
+        return len(self._tokens_of(sample, sample.turns, images, prompt=False)[0])  # of ids
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The conversation up to the last reply, ending in the generation prompt: what the model sees at inference."""
@@ -167,7 +151,7 @@ class Encoder:
 
     def text_length(self, text: str) -> int:
         """Tokens of a text by itself."""
-        return len(self._ids(text))
+        return len(self._tokens.ids(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a generated reply: up to the end-of-turn token, coordinates kept."""
@@ -204,7 +188,10 @@ class Encoder:
             images = self.pictures.load(_images_of(turns), sample.max_pixels, _where(sample))
         else:
             images = self.pictures.process(decoded, sample.max_pixels, _where(sample))
-        ids, kinds, turn_of = self._tokens_of(sample, turns, images, add_generation_prompt)
+        ids, owners = self._tokens_of(sample, turns, images, add_generation_prompt)
+        regions = []
+        if self.reads_regions:
+            regions = regions_of(ids, owners, self.processor, images.geometry, _where(sample))
         extras = {}
         if self._extra_names:
             types = torch.as_tensor(np.asarray(self.processor.create_mm_token_type_ids([ids])))[0].long()
@@ -213,27 +200,27 @@ class Encoder:
             id=sample.id,
             task=sample.task,
             ids=torch.tensor(ids, dtype=torch.int64),
-            kinds=torch.tensor(kinds, dtype=torch.int8),
-            turn=torch.tensor(turn_of, dtype=torch.int16),
+            kinds=torch.tensor([int(piece.kind) for piece in owners], dtype=torch.int8),
+            turn=torch.tensor([piece.turn for piece in owners], dtype=torch.int16),
             pixels=images.pixels,
             token_extras=extras,
             geometry=images.geometry,
             origin=sample.origin,
+            regions=regions,
         )
 
     def _tokens_of(
         self, sample: Sample, turns: tuple[Turn, ...], images: ProcessedImages, prompt: bool
-    ) -> tuple[list[int], list[int], list[int]]:
-        """ids, kinds, turns: one entry per token of the conversation."""
+    ) -> tuple[list[int], list[Piece]]:
+        """Every token of the conversation, and the piece it is of."""
         pieces = self._pieces(sample, turns, images, prompt)
-        ids, kinds, turn_of = self._tokenise(pieces)
+        ids, owners = self._tokens.tokenise(pieces)
         bos = self.tokenizer.bos_token
         template_writes_bos = bool(bos and pieces and pieces[0].control and pieces[0].text.startswith(bos))
         if self._prefix_ids and not template_writes_bos:
             ids = [*self._prefix_ids, *ids]
-            kinds = [int(Kind.SPECIAL)] * len(self._prefix_ids) + kinds
-            turn_of = [-1] * len(self._prefix_ids) + turn_of
-        return ids, kinds, turn_of
+            owners = [Piece("", Kind.SPECIAL)] * len(self._prefix_ids) + owners
+        return ids, owners
 
     def _pieces(self, sample: Sample, turns: tuple[Turn, ...], images: ProcessedImages, prompt: bool) -> list[Piece]:
         """Render the template around the parts and cut the rendering into pieces."""
@@ -251,7 +238,7 @@ class Encoder:
                     else:
                         entries.append([len(parts)])
                     inline = within
-                    parts.append(self._part_piece(sample, turn, index, part, images))
+                    parts.append(self._part_piece(sample, turn, index, len(parts), part, images))
                 if isinstance(part, ImageRef):
                     entries.append(None)
             if self._trims[turn.role]:
@@ -261,7 +248,8 @@ class Encoder:
         self._check_rewrite(rendered, messages, prompt, sample)
         return self._cut(rendered, parts, images, sample, turns)
 
-    def _part_piece(self, sample: Sample, turn: Turn, index: int, part, images: ProcessedImages) -> Piece:
+    def _part_piece(self, sample: Sample, turn: Turn, index: int, number: int, part, images: ProcessedImages) -> Piece:
+        """number: of this part among the pieces of the sample."""
         reply = turn.role == "assistant"
         plain = Kind.INSTRUCTION if not reply else Kind.RESPONSE if turn.train else Kind.UNTRAINED
         if isinstance(part, ImageRef):
@@ -286,8 +274,20 @@ class Encoder:
                     text = self.coordinates.render_points(part.points, geometry, part.click)
             except VlmtuneError as error:
                 raise VlmtuneError(f"{_where(sample)}: {error}", code=error.code) from error
-            return Piece(text, Kind.BOX if plain == Kind.RESPONSE else plain, index, control=True)
+            kind = Kind.BOX if plain == Kind.RESPONSE else plain
+            read = self.reads_regions and isinstance(part, Boxes) and part.boxes and kind != Kind.UNTRAINED
+            places = self._places(part, text, kind, number, geometry) if read else ()
+            return Piece(text, kind, index, control=True, places=places)
         raise VlmtuneError(f"{_where(sample)}: unknown content part {type(part).__name__}.")
+
+    def _places(self, part: Boxes, text: str, kind: Kind, number: int, geometry) -> tuple[Place, ...]:
+        starts = self.coordinates.box_starts(text)
+        masks = part.masks or [None] * len(part.boxes)
+        answers = kind == Kind.BOX and not part.region
+        return tuple(
+            Place(start, box_row(box, geometry), part.image, number, answers, mask)
+            for start, box, mask in zip(starts, part.boxes, masks, strict=True)
+        )
 
     def _render(self, messages: list[dict], prompt: bool, sample: Sample | None) -> str:
         try:
@@ -341,7 +341,7 @@ class Encoder:
                     pieces[-1] = replace(pieces[-1], text=pieces[-1].text.removesuffix(self._lead))
                     pieces.append(Piece(self._lead, part.kind, part.turn, opens=True))
                     first = False
-                pieces.append(Piece(part.text, part.kind, part.turn, part.control, opens=first))
+                pieces += split_at_boxes(replace(part, opens=first))
             if match:
                 inside = int(match.group(1)) if match.group(1) else None
                 if inside is not None:
@@ -352,91 +352,7 @@ class Encoder:
                 f"{_where(sample)}: the chat template wrote {len(seen)} of {len(parts)} text parts and {used} image "
                 f"placeholders for {len(images.expansions)} images; this template does not fit this conversation."
             )
-        return _supervise_end_of_turn(pieces, self._control_re, sample)
-
-    def _tokenise(self, pieces: list[Piece]) -> tuple[list[int], list[int], list[int]]:
-        """ids, kinds, turns: one entry per token. Runs end at control tokens and where a reply opens."""
-        ids: list[int] = []
-        kinds: list[int] = []
-        turns: list[int] = []
-        run: list[Piece] = []
-
-        def flush() -> None:
-            if run:
-                before = self._control_text.get(ids[-1], "\n") if ids else ""
-                for token, piece in self._tokenise_run(run, before):
-                    ids.append(token)
-                    kinds.append(int(piece.kind))
-                    turns.append(piece.turn)
-                run.clear()
-
-        for piece in pieces:
-            if piece.opens:
-                flush()
-            if not piece.control:
-                run.append(piece)
-                continue
-            position = 0
-            for match in self._control_re.finditer(piece.text):
-                if match.start() > position:
-                    run.append(Piece(piece.text[position : match.start()], piece.kind, piece.turn))
-                flush()
-                ids.append(self._control_tokens[match.group()])
-                kinds.append(int(piece.kind))
-                turns.append(piece.turn)
-                position = match.end()
-            if position < len(piece.text):
-                run.append(Piece(piece.text[position:], piece.kind, piece.turn))
-        flush()
-        return ids, kinds, turns
-
-    def _tokenise_run(self, run: list[Piece], before: str) -> list[tuple[int, Piece]]:
-        """(id, piece it came from). before: what stands in front of the run (a control token, a stand-in, nothing)."""
-        text = "".join(piece.text for piece in run)
-        ends = list(accumulate(len(piece.text) for piece in run))
-        result = []
-        for begin, stop in self._harmless(text):
-            for token, start, end in self._tokens_behind(before if begin == 0 else "\n", text[begin:stop]):
-                owner = bisect_right(ends, begin + max(end - 1, start))
-                result.append((token, run[min(owner, len(run) - 1)]))
-        return result
-
-    def _tokens_behind(self, before: str, text: str) -> list[tuple[int, int, int]]:
-        """(id, start, end) of `text` where it does not begin the conversation.
-
-        Tokenizers of the SentencePiece family write a space in front of a text; "ASSISTANT:" + " yes" must not get a
-        second one. As in transformers' `encode_marked_chat`, `before` is tokenised with it and taken off again.
-        """
-        if before and self._start_matters:
-            head = self._ids(before)
-            tokens = self._tokens(before + text)
-            if [token for token, _, _ in tokens[: len(head)]] == head:
-                skip = len(before)
-                return [(t, max(0, start - skip), max(0, end - skip)) for t, start, end in tokens[len(head) :]]
-        return self._tokens(text)
-
-    def _tokens(self, text: str) -> list[tuple[int, int, int]]:
-        out = self._own_tokenizer.encode(text, add_special_tokens=False)
-        return [(token, *span) for token, span in zip(out.ids, out.offsets, strict=True)]
-
-    def _ids(self, text: str) -> list[int]:
-        return self._own_tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _ids_behind(self, before: str, text: str) -> list[int]:
-        return self._ids(before + text)[len(self._ids(before)) :]
-
-    def _harmless(self, text: str) -> Iterator[tuple[int, int]]:
-        """(begin, stop) of stretches without a control token: what looks like one was typed, so it is cut in two.
-
-        Cutting works for every tokenizer, also for added tokens that are not marked special, which
-        `split_special_tokens` leaves whole.
-        """
-        begin = 0
-        while (match := self._control_re.search(text, begin)) is not None:
-            yield begin, match.start() + 1
-            begin = match.start() + 1
-        if begin < len(text):
-            yield begin, len(text)
+        return _supervise_end_of_turn(pieces, self._tokens.control, sample)
 
     def _reply_lead(self) -> str:
         """White space between the generation prompt and a reply ("Assistant:" + " ok"): the model has to write it."""
@@ -487,16 +403,6 @@ def _require_tokens(tokenizer, coordinates: Coordinates) -> None:
             f"{missing[0]}); set data.add_coordinate_tokens: true, or data.coordinates to one without tokens of its "
             "own (norm1000, pixels, markup)."
         )
-
-
-def _control_tokens(tokenizer, chat_template: str, coordinate_tokens: list[str]) -> dict[str, int]:
-    """Added tokens that steer the model: special ones, those of the chat template, coordinates (not white space)."""
-    return {
-        token.content: index
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if not token.content.isspace()
-        and (token.special or token.content in chat_template or token.content in coordinate_tokens)
-    }
 
 
 def _automatic_prefix(tokenizer) -> list[int]:

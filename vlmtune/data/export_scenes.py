@@ -8,6 +8,7 @@ A written split is what a user would bring: a JSON Lines file of OpenAI-style me
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -39,6 +40,7 @@ def write_split(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (unfinished / "images").mkdir()
+        (unfinished / "masks").mkdir()
         with open(unfinished / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as lines:
             for task in tasks:
                 asked = turns if task in CHAT_TASKS else 1
@@ -100,10 +102,18 @@ def _part(part: Part, id: str, folder: Path) -> dict:
     match part:
         case Text(text):
             return {"type": "text", "text": text}
-        case Boxes(boxes, region):
-            return {"type": "box", "boxes": [list(box) for box in boxes]} | ({"region": True} if region else {})
+        case Boxes(boxes, region, masks=masks):
+            written = {"type": "box", "boxes": [list(box) for box in boxes]} | ({"region": True} if region else {})
+            return written | {"masks": [_mask(mask, folder) for mask in masks]}
         case ImageRef(bytes() as png):
             path = f"images/{id.replace('/', '-')}.png"
             (folder / path).write_bytes(png)
             return {"type": "image", "image": path}
     raise TypeError(f"a scene has no part like {part!r}")
+
+
+def _mask(png: bytes, folder: Path) -> str:
+    """Named by content: questions about one object share a mask."""
+    path = f"masks/{hashlib.sha256(png).hexdigest()[:16]}.png"
+    (folder / path).write_bytes(png)
+    return path

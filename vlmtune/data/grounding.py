@@ -63,6 +63,8 @@ class IntegerList(Tagged):
     name: str
     extent: Callable[[ImageGeometry], tuple[int, int]]
 
+    number: ClassVar = re.compile(r"[0-9]+")
+
     def _bins(self, geometry: ImageGeometry) -> tuple[int, int]:
         return self.extent(geometry)
 
@@ -105,6 +107,8 @@ class BinTokens(Tagged):
     count: int
     tokenised_tags: tuple[Tag, ...] = TAGS
 
+    number: ClassVar = re.compile(r"<loc_")
+
     def tokens(self) -> list[str]:
         tags = [token for tag in self.tokenised_tags for token in (f"<{tag}>", f"</{tag}>")]
         return tags + [self._token(index) for index in range(self.count)]
@@ -137,6 +141,8 @@ class Markup(Tagged):
 
     name: str
 
+    number: ClassVar = re.compile(r"(?<=>)[0-9.]+")
+
     def _bins(self, geometry: ImageGeometry) -> tuple[int, int]:
         return 1000, 1000
 
@@ -165,6 +171,8 @@ class PatchIndices(Tagged):
 
     names: ClassVar = {"box": "object", "region": "object", "point": "point", "click": "click"}
     DELIMITER: ClassVar = "</delimiter_of_multi_objects/>"
+    number: ClassVar = re.compile(r"<patch_index_")
+    numbers_of_a_box: ClassVar = 2
 
     def tokens(self) -> list[str]:
         tags = [token for name in dict.fromkeys(self.names.values()) for token in (f"<{name}>", f"</{name}>")]
@@ -217,6 +225,7 @@ class LocationTokens(Tagged):
 
     names: ClassVar = {"point": "point", "click": "click"}
     RUN: ClassVar = re.compile(r"(?:<loc[0-9]{4}>\s*)+")
+    number: ClassVar = re.compile(r"<loc")
 
     def tokens(self) -> list[str]:
         return [self._token(index) for index in range(self.count)]

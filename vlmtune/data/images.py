@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vlmtune.types import VlmtuneError
@@ -41,6 +42,25 @@ def image_size(source: Path | bytes, where: str) -> tuple[int, int]:
         return (image.height, image.width) if swapped else image.size
 
     return _opened(source, where, upright)
+
+
+MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+
+
+def load_mask(source: Path | bytes, where: str) -> Image.Image:
+    """Mode L, 255 where a mask of one channel is not 0, else 0. Raises VlmtuneError as `load_image` does."""
+
+    def decode(image: Image.Image) -> Image.Image:
+        image.load()
+        if image.mode not in MASK_MODES:
+            raise VlmtuneError(
+                f"{where}: a mask has one channel (grey, black and white, or palette indices), this one is "
+                f"{image.mode}; convert it."
+            )
+        image = image.convert("I") if image.mode.startswith("I") else image
+        return Image.fromarray((np.asarray(image) != 0).astype(np.uint8) * 255)
+
+    return _opened(source, where, decode)
 
 
 def _opened(source: Path | bytes, where: str, read: Callable[[Image.Image], T]) -> T:

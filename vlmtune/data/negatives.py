@@ -171,7 +171,7 @@ def negative(sample: Sample, kind: NegativeKind, names: Mapping[str, str], verif
         target = _target(boxes[0], things, sample)
         there = {thing.name for thing in things if _overlap(thing.box, boxes[0]) > LARGEST_OVERLAP} | {target.name}
         name = target.name if kind == "confirmed" else _another(kind, target, there, names, sample, random)
-        question = (*_before_text(user), *_filled(verify, name, replace(region, boxes=boxes)))
+        question = (*_before_text(user), *_filled(verify, name, replace(region, boxes=boxes, masks=region.masks[:1])))
         answer = YES if kind == "confirmed" else NO
     else:
         present = {thing.name for thing in things}

@@ -160,6 +160,15 @@ class RowImages:
             image = image["path"] if image.get("bytes") is None else image["bytes"]
         return ImageRef(image if isinstance(image, bytes) else self._find(image, place))
 
+    def masks(self, names: Any, boxes: int, place: str) -> tuple[Path | bytes, ...]:
+        """The mask of every box of a part, from files or attached; none where the part names none."""
+        names = names or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise VlmtuneError(f"{place}: 'masks' is a list of paths, not {excerpt(names)}.")
+        if names and len(names) != boxes:
+            raise VlmtuneError(f"{place}: {len(names)} masks for {boxes} boxes; give every box its own, or none.")
+        return tuple(self._find(name, place) for name in names)
+
     def _find(self, name: str, place: str) -> Path | bytes:
         for image in (*self._brought, *self._attached):
             if isinstance(image, dict) and image.get("bytes") is not None and _is_called(image, name):
@@ -300,7 +309,9 @@ def _openai_part(part: Any, place: str, images: RowImages, ids: list[str | None]
         if isinstance(url, str):
             return ImageRef(images.named(url, place), _new_id(part, place, ids))
     if kind == "box" and isinstance(part.get("boxes"), list):
-        return Boxes(_boxes(part["boxes"], place), _flag(part, "region", place), _image_number(part, "box", place, ids))
+        boxes = _boxes(part["boxes"], place)
+        masks = images.masks(part.get("masks"), len(boxes), place)
+        return Boxes(boxes, _flag(part, "region", place), _image_number(part, "box", place, ids), masks)
     if kind == "point" and isinstance(part.get("points"), list):
         return Points(
             _points(part["points"], place), _flag(part, "click", place), _image_number(part, "point", place, ids)

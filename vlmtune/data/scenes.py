@@ -10,7 +10,7 @@ the task "ocr". Questions are in `questions`, pictures in `atlas`.
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 
 from PIL import Image, ImageDraw
@@ -19,7 +19,7 @@ from vlmtune.data import questions
 from vlmtune.data.atlas import FONTS, ConceptGroup, Split, atlas, bucket, concept_names, font, photo, sprite
 from vlmtune.data.layout import SIZE, Background, Scene, SceneObject, arrange, choose_background
 from vlmtune.data.questions import VQA_FORMS, Question
-from vlmtune.types import ImageRef, Sample, Turn, VlmtuneError
+from vlmtune.types import Box, Boxes, ImageRef, Sample, Turn, VlmtuneError
 
 __all__ = ["TASKS", "SceneRecipe", "concept_names", "draw_background", "draw_objects", "draw_writing", "object_mask"]
 
@@ -93,12 +93,13 @@ class SceneRecipe:
             background, objects = scene.background, scene.objects
             image = draw_objects(draw_background(background), objects)
             further = self._ask_again(task, scene, question, turns - 1, random)
+        masks = {thing.box: object_mask(thing) for thing in objects}
         chat = [Turn("user", (ImageRef(_png(image)), *question.prompt)), Turn("assistant", (question.reply,))]
         for another in further:
             chat += [Turn("user", another.prompt), Turn("assistant", (another.reply,))]
         return Sample(
             id=id,
-            turns=tuple(chat),
+            turns=tuple(_with_masks(turn, masks) for turn in chat),
             task=task,
             origin=f"scenes:{id}",
             meta=_meta(question, objects, background),
@@ -219,6 +220,14 @@ def object_mask(thing: SceneObject) -> Image.Image:
 def _ink_box(text: str, family: str, size: int) -> tuple[int, int, int, int]:
     left, top, right, bottom = font(family, size).getbbox(text)
     return int(left), int(top), int(right), int(bottom)
+
+
+def _with_masks(turn: Turn, masks: dict[Box, Image.Image]) -> Turn:
+    parts = (
+        replace(part, masks=tuple(_png(masks[box]) for box in part.boxes)) if isinstance(part, Boxes) else part
+        for part in turn.parts
+    )
+    return replace(turn, parts=tuple(parts))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -13,7 +13,9 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.sources import SampleSource
 from vlmtune.evaluate.generate import generate_replies
 from vlmtune.evaluate.metrics import score_task
+from vlmtune.evaluate.regions import region_scores
 from vlmtune.losses.language import token_cross_entropy
+from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM
 from vlmtune.optim.precision import autocast
 from vlmtune.types import Box, Sample
@@ -51,7 +53,7 @@ def evaluate(
     """Loss on every group, and replies scored by task unless `max_new_tokens` is None.
 
     limit: samples per source; precision: of the products, as in training. The model must be in eval mode; the loss is
-    the mean over supervised tokens.
+    the mean over supervised tokens. A model with read-outs is scored on regions as well ("head_iou", "mask_iou").
     """
     with autocast(precision, next(model.parameters()).device):
         return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens)
@@ -63,7 +65,9 @@ def _evaluate(model, encoder: Encoder, groups, limit, batch_size: int, max_new_t
     total = torch.zeros(2, dtype=torch.float64)
     for group, sources in groups.items():
         samples = [source[i] for source in sources for i in range(_count(source, limit))]
-        for task, (loss, tokens) in _losses(model, encoder, samples, batch_size).items():
+        losses, regions = _teacher_forced(model, encoder, samples, batch_size)
+        metrics |= {f"{group}/{name}": value for name, value in regions.items()}
+        for task, (loss, tokens) in losses.items():
             metrics[f"loss/{group}/{task}"] = loss / tokens
             total += torch.tensor([loss, tokens], dtype=torch.float64)
         if max_new_tokens is None:
@@ -90,9 +94,13 @@ def _count(source: SampleSource, limit: int | None) -> int:
     return min(sizes)
 
 
-def _losses(model, encoder: Encoder, samples: list[Sample], batch_size: int) -> dict[str, tuple[float, int]]:
-    """task -> (sum of token losses, supervised tokens)."""
-    vlm = VLM(model)
+def _teacher_forced(
+    model, encoder: Encoder, samples: list[Sample], batch_size: int
+) -> tuple[dict[str, tuple[float, int]], dict[str, float]]:
+    """task -> (sum of token losses, supervised tokens); and "task/metric" -> mean over regions, where there are
+    read-outs."""
+    vlm, readouts = VLM(model), readouts_of(model)
+    scores: dict[str, list[float]] = {}
     sums: dict[str, tuple[float, int]] = {}
     for start in range(0, len(samples), batch_size):
         encoded = [encoder.encode(sample) for sample in samples[start : start + batch_size]]
@@ -103,4 +111,6 @@ def _losses(model, encoder: Encoder, samples: list[Sample], batch_size: int) -> 
             mine = losses[states.row == row]
             loss, tokens = sums.get(task, (0.0, 0))
             sums[task] = (loss + float(mine.sum()), tokens + len(mine))
-    return sums
+        for task, metric, value in [] if readouts is None else region_scores(states.sequence, readouts, batch):
+            scores.setdefault(f"{task}/{metric}", []).append(value)
+    return sums, {name: sum(values) / len(values) for name, values in sorted(scores.items())}

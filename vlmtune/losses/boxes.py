@@ -74,6 +74,8 @@ class BoxLoss(nn.Module):
     `</box>`. Predictions are matched to the targets of the same list with the Hungarian method.
     """
 
+    name = "box"
+
     def __init__(self, values: Mapping[int, float], opens: int, closes: int, l1: float = 1.0, giou: float = 1.0):
         super().__init__()
         self.opens, self.closes, self.l1, self.giou = opens, closes, l1, giou
@@ -92,15 +94,23 @@ class BoxLoss(nn.Module):
         is_number = supervised & inside & torch.isin(ids, self.ids.to(ids.device))
         return BoxPlaces(is_number[:, 1:], opened[:, 1:])
 
-    def forward(self, states, head: nn.Module, batch: Batch, carries: Tensor) -> Tensor:
-        """Sum over the boxes of this micro-batch, float32 scalar with gradient.
+    def count(self, batch: Batch) -> int:
+        """Boxes of replies."""
+        return self.places(batch).boxes
 
-        states: `models.vlm.Supervised`; carries: bool[B, T - 1], the targets it holds, in its order.
+    def described(self) -> str:
+        return f"plus, per box of a reply: {self.l1:g} × L1 + {self.giou:g} × (1 - GIoU)"
+
+    def forward(self, states, head: nn.Module, readouts: nn.ModuleDict | None, batch: Batch, carries: Tensor):
+        """{"box": sum over the boxes of this micro-batch, float32 scalar with gradient}; empty without boxes.
+
+        states: `models.vlm.Supervised`; head: of the language; carries: bool[B, T - 1], the targets `states` holds, in
+        its order.
         """
         found = self.places(batch)
         here = found.is_number[carries]
         if not bool(here.any()):
-            return states.hidden.new_zeros((), dtype=torch.float32)
+            return {}
         logits = head(states.hidden[here]).float()[:, self.ids.to(states.hidden.device)]
         values = self.values.to(logits.device)
         predicted = (logits.softmax(1) @ values).view(-1, 4)
@@ -112,4 +122,4 @@ class BoxLoss(nn.Module):
             mine = (lists == one).all(1)
             costs = box_costs(predicted[mine][:, None], targets[mine][None], self.l1, self.giou)
             total = total + costs[match(costs)].sum()
-        return total
+        return {"box": total}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vlmtune.losses.balance import Balance, ByTokens
-from vlmtune.losses.boxes import BoxLoss
 from vlmtune.losses.exposure import Exposure
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.losses.weights import TokenWeights
@@ -22,15 +22,15 @@ class StepWeights:
     """What the sums of one optimizer step are divided by, counted over all of its micro-batches.
 
     kinds: float32[len(Kind)], the weight of every kind of token at this progress; tasks: sum of token weights of each
-    task; tokens: how many tokens carry loss, by task; micro_batches: how many there are; boxes: boxes in replies, where
-    there is a loss of them; exposure: the probability that a token of a reply is read as the model predicts it.
+    task; tokens: how many tokens carry loss, by task; micro_batches: how many there are; counts: what each further term
+    is a mean over, by its name; exposure: the probability that a token of a reply is read as the model predicts it.
     """
 
     kinds: Tensor
     tasks: dict[str, float]
     tokens: dict[str, int]
     micro_batches: int
-    boxes: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     exposure: float = 0.0
 
 
@@ -54,25 +54,43 @@ class Losses:
         )
 
 
+class Term(Protocol):
+    """A loss beside the cross-entropy of tokens: a sum over some things, divided by how many the step has."""
+
+    name: str
+
+    def count(self, batch: Batch) -> int: ...
+
+    def described(self) -> str:
+        """One line for the table before step 0."""
+
+    def __call__(self, states, head, readouts, batch: Batch, carries: Tensor) -> dict[str, Tensor]:
+        """Weighted sums, "name" or "name/part"; none where the micro-batch has nothing to sum over.
+
+        states: `models.vlm.Supervised`; head: of the language; readouts: `heads` of the model, or None; carries:
+        bool[B, T - 1], the targets that `states` holds, in its order.
+        """
+
+
 class Objective(nn.Module):
     """Next-token cross-entropy, weighted by kind of token, averaged by task, and balanced between tasks.
 
     weights: of tokens, by kind; balance: how the mean losses of tasks become one number (default: every token counts
-    the same, whatever its task); box: is added, as the mean over all boxes of the step; exposure: what is read of
-    replies (default: the replies). What a balance learns is a parameter of this module.
+    the same, whatever its task); terms: are added, each as the mean over what it counts in the step; exposure: what
+    is read of replies (default: the replies). What a balance learns is a parameter of this module.
     """
 
     def __init__(
         self,
         weights: TokenWeights | None = None,
         balance: Balance | None = None,
-        box: BoxLoss | None = None,
+        terms: Sequence[Term] = (),
         exposure: Exposure | None = None,
     ):
         super().__init__()
         self.token_weights = weights or TokenWeights()
         self.balance = balance or ByTokens()
-        self.box, self.exposure = box, exposure
+        self.terms, self.exposure = nn.ModuleList(terms), exposure
 
     def optimizer_groups(self, lr: float) -> list[dict]:
         """Groups for the optimizer of what the balance learns; empty where it learns nothing. Never decayed."""
@@ -93,16 +111,19 @@ class Objective(nn.Module):
             for task, weight, count in rows:
                 sums[task] += weight
                 tokens[task] += count
-        boxes = 0 if self.box is None else sum(self.box.places(batch).boxes for batch in micro_batches)
+        counts = {term.name: sum(term.count(batch) for batch in micro_batches) for term in self.terms}
         exposure = 0.0 if self.exposure is None else self.exposure.rate(progress)
-        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches), boxes, exposure)
+        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches), counts, exposure)
 
     def read(self, vlm: nn.Module, batch: Batch, step: StepWeights) -> Tensor | None:
         """int64[B, T]: what the model reads in place of the ids of this micro-batch; None: those."""
         return None if self.exposure is None else self.exposure.inputs(vlm, batch, step.exposure)
 
-    def forward(self, states, head: nn.Module, batch: Batch, step: StepWeights) -> Losses:
-        """states: `models.vlm.Supervised` of this micro-batch, made with `step.kinds`."""
+    def forward(
+        self, states, head: nn.Module, batch: Batch, step: StepWeights, readouts: nn.ModuleDict | None = None
+    ) -> Losses:
+        """states: `models.vlm.Supervised` of this micro-batch, made with `step.kinds`; head: of the language; readouts:
+        `heads` of the model."""
         losses = token_cross_entropy(states.hidden, head, states.targets)
         names = sorted({task for task in batch.tasks if step.tasks[task] > 0})
         index = torch.tensor([names.index(t) if t in names else 0 for t in batch.tasks], device=losses.device)
@@ -113,9 +134,12 @@ class Objective(nn.Module):
         total = self.balance(tasks, step.tasks, step.micro_batches)
         if not names:  # nothing of this micro-batch carries loss: the graph must still reach every parameter
             total = total + 0.0 * losses.sum()
-        terms = {}
-        if self.box is not None and step.boxes:
-            carries = token_weights(batch.kinds[:, 1:], step.kinds) > 0
-            boxes = self.box(states, head, batch, carries) / step.boxes
-            total, terms = total + boxes, {"box": boxes.detach()}
+        terms: dict[str, Tensor] = {}
+        carries = token_weights(batch.kinds[:, 1:], step.kinds) > 0
+        for term in self.terms:
+            for name, value in term(states, head, readouts, batch, carries).items():
+                mean = value / step.counts[term.name]
+                total, terms[name] = total + mean, mean.detach()
+        if readouts is not None:  # a micro-batch without regions reaches the heads too
+            total = total + 0.0 * sum(parameter.sum() for parameter in readouts.parameters())
         return Losses(total, tasks, {name: plain[n] / step.tokens[name] for n, name in enumerate(names)}, terms)

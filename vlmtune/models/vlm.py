@@ -17,7 +17,8 @@ class Supervised:
     """The positions of a micro-batch that carry loss (N of them, in row-major order).
 
     hidden float[N, D]: the state that predicts the token; targets int64[N]: the token; kinds int8[N]; row int64[N]:
-    which sample of the micro-batch it belongs to; weights float32[N]: above 0.
+    which sample of the micro-batch it belongs to; weights float32[N]: above 0; sequence float[B, T, D]: all states, for
+    read-outs.
     """
 
     hidden: Tensor
@@ -25,6 +26,7 @@ class Supervised:
     kinds: Tensor
     row: Tensor
     weights: Tensor
+    sequence: Tensor | None = None
 
 
 class VLM(nn.Module):
@@ -62,6 +64,7 @@ class VLM(nn.Module):
             kinds=kinds[carries],
             row=row,
             weights=weights[carries],
+            sequence=states,
         )
 
 

@@ -56,7 +56,7 @@ def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
     for step in steps:
         weighted.add(step["losses"], step["weights"])
         plain.add(step["plain"], step["supervised"])
-        terms.add(step["terms"], {"box": step["boxes"]})
+        terms.add(step["terms"], {name: step["term_counts"][name.partition("/")[0]] for name in step["terms"]})
     seconds = sum(step["step_seconds"] for step in steps)
     last = steps[-1]
     return {

@@ -48,9 +48,7 @@ def loss_table(objective: Objective, samples: Sequence[Encoded]) -> Table:
 
 def _further(objective: Objective) -> list[str]:
     """A line for everything besides the cross-entropy of tokens."""
-    lines = []
-    if (box := objective.box) is not None:
-        lines.append(f"plus, per box of a reply: {box.l1:g} × L1 + {box.giou:g} × (1 - GIoU)")
+    lines = [term.described() for term in objective.terms]
     if (exposure := objective.exposure) is not None:
         rates = [f"{exposure.rate(progress):.0%} at {progress:.0%}" for progress in (0.0, 0.5, 1.0)]
         lines.append(f"tokens of replies read as the model predicts them: {', '.join(rates)} of training")

@@ -127,24 +127,24 @@ def test_the_loss_is_that_of_a_loop_over_lists():
     alone = sum(cost(expected(r, k), target(r, k)) for r, k in [(0, 2), (2, 2), (2, 9)])
     p, t = [expected(1, 2), expected(1, 6)], [target(1, 2), target(1, 6)]
     pair = min(cost(p[0], t[0]) + cost(p[1], t[1]), cost(p[0], t[1]) + cost(p[1], t[0]))
-    assert float(LOSS(states, head, batch, carries)) == pytest.approx(alone + pair, rel=1e-5)
+    assert float(LOSS(states, head, None, batch, carries)["box"]) == pytest.approx(alone + pair, rel=1e-5)
 
 
 def test_a_batch_without_boxes_adds_nothing():
     batch = batch_of(REPLIES[3:])
     states, carries = states_of(batch, torch.randn(1, 6, 5))
-    assert float(LOSS(states, nn.Linear(5, 7), batch, carries)) == 0.0
+    assert LOSS(states, nn.Linear(5, 7), None, batch, carries) == {}
 
 
 def test_the_mean_is_over_the_boxes_of_the_step_whatever_the_micro_batches():
     torch.manual_seed(1)
     head, hidden = nn.Linear(5, 7), torch.randn(4, 14, 5)
-    objective = Objective(box=LOSS)
+    objective = Objective(terms=[LOSS])
     results = []
     for cuts in ([(0, 4)], [(0, 1), (1, 3), (3, 4)]):
         batches = [batch_of(REPLIES[a:b]) for a, b in cuts]
         step = objective.weights(batches)
-        assert step.boxes == 5
+        assert step.counts == {"box": 5}
         parts = []
         for batch, (a, b) in zip(batches, cuts, strict=True):
             states, _ = states_of(batch, hidden[a:b, : batch.kinds.shape[1]])

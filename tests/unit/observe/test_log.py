@@ -27,7 +27,7 @@ def metrics(caption: tuple[float, int], vqa: tuple[float, int] | None = None, se
         "weights": {task: n / 4 for task, n in tokens.items()}, "supervised": tokens, "coefficients": {"caption": 0.5},
         "norms": {"language": torch.tensor(3.0), "projector": torch.tensor(4.0), "total": torch.tensor(5.0)},
         "lr": {"language": 1e-3, "projector": 1e-4},
-        "shares": {}, "terms": {"box": caption[0] / 2}, "boxes": caption[1], "exposure": 0.25,
+        "shares": {}, "terms": {"box": caption[0] / 2}, "term_counts": {"box": caption[1]}, "exposure": 0.25,
         "samples": 4, "tokens": 100, "data_wait": 0.1, "step_seconds": seconds,
     }  # fmt: skip
 

@@ -1,0 +1,116 @@
+"""Where read-outs look: the token of every box, the patches of its image, the mask it should give (SPEC B10, B12)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmtune.data.geometry import TILING
+from vlmtune.data.images import load_mask
+from vlmtune.data.tokenise import Piece, Place
+from vlmtune.types import PER_PATCH, ImageGeometry, Kind, Region, VlmtuneError
+
+FINER = 4  # a mask is sampled so much finer than its cells along each side, and averaged
+
+
+def regions_of(
+    ids: Sequence[int], owners: Sequence[Piece], processor, geometry: Sequence[ImageGeometry], where: str
+) -> list[Region]:
+    """The boxes of one sample in the order of its tokens. owners: the piece of every token.
+
+    Raises VlmtuneError naming `where` for a mask that cannot be used.
+    """
+    patches = _patches(ids, owners, processor, geometry)
+    first: dict[Place, int] = {}
+    last: dict[Place, int] = {}
+    for index, piece in enumerate(owners):
+        if piece.places:
+            first.setdefault(piece.places[0], index)
+            last[piece.places[0]] = index
+    return [
+        Region(
+            at=start - 1 if place.is_answer else last[place],
+            box=torch.tensor(place.box, dtype=torch.float32),
+            list_of=place.list_of,
+            is_answer=place.is_answer,
+            image=place.image,
+            patches=patches[place.image],
+            mask=_mask(place, patches[place.image], geometry[place.image], where),
+        )
+        for place, start in first.items()
+    ]
+
+
+def _patches(
+    ids: Sequence[int], owners: Sequence[Piece], processor, geometry: Sequence[ImageGeometry]
+) -> list[Tensor | None]:
+    """int64[rows, columns] of each image: its tokens, row by row; None where they are not one grid."""
+    positions: dict[int, list[int]] = {}
+    for index, piece in enumerate(owners):
+        if piece.kind == Kind.IMAGE and ids[index] == processor.image_token_id:
+            positions.setdefault(id(piece), []).append(index)
+    grids: list[Tensor | None] = []
+    for tokens, canvas in zip(positions.values(), geometry, strict=True):
+        columns = grid_columns(len(tokens), canvas, processor)
+        grids.append(None if columns is None else torch.tensor(tokens).view(-1, columns))
+    return grids
+
+
+def grid_columns(tokens: int, canvas: ImageGeometry, processor) -> int | None:
+    """Columns of the grid that the tokens of one image are; None where it was cut into tiles."""
+    if any(hasattr(processor.image_processor, setting) for setting in TILING):
+        tile = getattr(processor, "image_seq_length", getattr(processor, "image_seq_len", None))
+        if tokens != tile:
+            return None
+    columns = round(math.sqrt(tokens * canvas.resized_width / canvas.resized_height))
+    rows = tokens // max(1, columns)
+    fits = rows * columns == tokens and rows * canvas.resized_width == columns * canvas.resized_height
+    return columns if fits else None
+
+
+def _mask(place: Place, patches: Tensor | None, geometry: ImageGeometry, where: str) -> Tensor | None:
+    if place.mask is None:
+        return None
+    if patches is None:
+        raise VlmtuneError(
+            f"{where}: a mask is compared with one grid of patches, but its image was cut into tiles; leave masks out "
+            "(loss.referring), or set the image processor to one tile."
+        )
+    rows, columns = patches.shape
+    return canvas_mask(place.mask, geometry, (rows * PER_PATCH, columns * PER_PATCH), where)
+
+
+def canvas_mask(source: Path | bytes, geometry: ImageGeometry, size: tuple[int, int], where: str) -> Tensor:
+    """float32[size]: the share of every cell of the canvas that the mask covers. size: rows, columns.
+
+    Raises VlmtuneError for a mask of another size than its image, and for one that covers nothing.
+    """
+    mask = load_mask(source, where)
+    if mask.size != (geometry.width, geometry.height):
+        raise VlmtuneError(
+            f"{where}: a mask of {mask.width}x{mask.height} pixels for an image of {geometry.width}x{geometry.height}; "
+            "make them the same size."
+        )
+    if mask.getbbox() is None:
+        raise VlmtuneError(f"{where}: a mask covers nothing; it is not 0 where the object is. Correct or remove it.")
+    (left, top), (right, bottom) = geometry.to_original(0.0, 0.0), geometry.to_original(1.0, 1.0)
+    height, width = (cells * FINER for cells in size)
+    matrix = ((right - left) / width, 0.0, left, 0.0, (bottom - top) / height, top)  # cells -> pixels of the original
+    sampled = mask.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+    return torch.from_numpy(np.asarray(sampled.reduce(FINER), dtype=np.float32) / 255.0)
+
+
+def original_mask(covered: Tensor, geometry: ImageGeometry) -> Image.Image:
+    """Mode L, 255 where covered: a mask over the canvas, bool[rows, columns], in the pixels of the original."""
+    rows, columns = covered.shape
+    (left, top), (right, bottom) = geometry.to_canvas(0.0, 0.0), geometry.to_canvas(geometry.width, geometry.height)
+    across, down = (right - left) / geometry.width * columns, (bottom - top) / geometry.height * rows
+    matrix = (across, 0.0, left * columns, 0.0, down, top * rows)  # pixels of the original -> cells
+    canvas = Image.fromarray(covered.numpy().astype(np.uint8) * 255)
+    return canvas.transform((geometry.width, geometry.height), Image.Transform.AFFINE, matrix)
