@@ -29,7 +29,7 @@ from PIL import Image
 from vlmtune import __version__
 from vlmtune.data.coordinates import Coordinates, box_row
 from vlmtune.data.pictures import Pictures, ProcessedImages
-from vlmtune.data.regions import regions_of
+from vlmtune.data.regions import regions_of, require_mask_sizes
 from vlmtune.data.tokenise import Piece, PieceTokeniser, Place, split_at_boxes
 from vlmtune.types import (
     SUPERVISED,
@@ -92,7 +92,7 @@ class Encoder:
 
     @property
     def identity(self) -> str:
-        """A digest of everything that the tokens of a sample depend on besides the sample."""
+        """A digest of everything that the tokens of a sample, and whether it has any, depend on besides the sample."""
         image_processor = self.processor.image_processor
         parts = [
             __version__,
@@ -102,6 +102,7 @@ class Encoder:
             self.processor.chat_template,
             self.tokenizer.backend_tokenizer.to_str(),
             self.coordinates.name,
+            self.reads_regions,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -131,7 +132,10 @@ class Encoder:
     def count(self, sample: Sample) -> int:
         """Tokens of `encode(sample)`, images included, without decoding one: their sizes stand in file headers."""
         images = self.pictures.measure(sample.images, sample.max_pixels, _where(sample))
-        return len(self._tokens_of(sample, sample.turns, images, prompt=False)[0])  # of ids
+        ids, _ = self._tokens_of(sample, sample.turns, images, prompt=False)
+        if self.reads_regions:
+            require_mask_sizes(sample, images.geometry, _where(sample))
+        return len(ids)
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The conversation up to the last reply, ending in the generation prompt: what the model sees at inference."""

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from vlmtune.data.geometry import TILING
-from vlmtune.data.images import load_mask
+from vlmtune.data.images import image_size, load_mask
 from vlmtune.data.tokenise import Piece, Place
-from vlmtune.types import PER_PATCH, ImageGeometry, Kind, Region, VlmtuneError
+from vlmtune.types import PER_PATCH, Boxes, ImageGeometry, Kind, Region, Sample, VlmtuneError
 
 FINER = 4  # a mask is sampled so much finer than its cells along each side, and averaged
 
@@ -51,9 +51,12 @@ def _patches(
     ids: Sequence[int], owners: Sequence[Piece], processor, geometry: Sequence[ImageGeometry]
 ) -> list[Tensor | None]:
     """int64[rows, columns] of each image: its tokens, row by row; None where they are not one grid."""
+    known = {int(token) for token in processor.image_token_ids if token is not None}
+    # of several (InternVL frames its images) the one of patches; Gemma 3 calls the frame its image token
+    token = processor.image_token_id if processor.image_token_id in known else min(known)
     positions: dict[int, list[int]] = {}
     for index, piece in enumerate(owners):
-        if piece.kind == Kind.IMAGE and ids[index] == processor.image_token_id:
+        if piece.kind == Kind.IMAGE and ids[index] == token:
             positions.setdefault(id(piece), []).append(index)
     grids: list[Tensor | None] = []
     for tokens, canvas in zip(positions.values(), geometry, strict=True):
@@ -92,11 +95,7 @@ def canvas_mask(source: Path | bytes, geometry: ImageGeometry, size: tuple[int, 
     Raises VlmtuneError for a mask of another size than its image, and for one that covers nothing.
     """
     mask = load_mask(source, where)
-    if mask.size != (geometry.width, geometry.height):
-        raise VlmtuneError(
-            f"{where}: a mask of {mask.width}x{mask.height} pixels for an image of {geometry.width}x{geometry.height}; "
-            "make them the same size."
-        )
+    _require_size(mask.size, geometry, where)
     if mask.getbbox() is None:
         raise VlmtuneError(f"{where}: a mask covers nothing; it is not 0 where the object is. Correct or remove it.")
     (left, top), (right, bottom) = geometry.to_original(0.0, 0.0), geometry.to_original(1.0, 1.0)
@@ -104,6 +103,21 @@ def canvas_mask(source: Path | bytes, geometry: ImageGeometry, size: tuple[int, 
     matrix = ((right - left) / width, 0.0, left, 0.0, (bottom - top) / height, top)  # cells -> pixels of the original
     sampled = mask.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
     return torch.from_numpy(np.asarray(sampled.reduce(FINER), dtype=np.float32) / 255.0)
+
+
+def require_mask_sizes(sample: Sample, geometry: Sequence[ImageGeometry], where: str) -> None:
+    """Look at the headers of all masks of a sample: VlmtuneError for one of another size than its image."""
+    for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, Boxes)):
+        for mask in part.masks:
+            _require_size(image_size(mask, where), geometry[part.image], where)
+
+
+def _require_size(size: tuple[int, int], geometry: ImageGeometry, where: str) -> None:
+    if size != (geometry.width, geometry.height):
+        raise VlmtuneError(
+            f"{where}: a mask of {size[0]}x{size[1]} pixels for an image of {geometry.width}x{geometry.height}; make "
+            "them the same size."
+        )
 
 
 def original_mask(covered: Tensor, geometry: ImageGeometry) -> Image.Image:

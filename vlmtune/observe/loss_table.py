@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from rich.table import Table
 
+from vlmtune.data.batch import collate
 from vlmtune.losses.objective import Objective
 from vlmtune.schedule import Piecewise
 from vlmtune.types import Encoded, token_weights
@@ -41,14 +42,16 @@ def loss_table(objective: Objective, samples: Sequence[Encoded]) -> Table:
         table.add_row(
             task, str(len(kinds)), *cells, f"{sums[task] / len(kinds):.1f}", f"{weight:.3g}", f"{weight / total:.0%}"
         )
-    table.caption = "\n".join(_further(objective)) or None
+    table.caption = "\n".join(_further(objective, samples)) or None
     table.caption_justify = "left"
     return table
 
 
-def _further(objective: Objective) -> list[str]:
+def _further(objective: Objective, samples: Sequence[Encoded]) -> list[str]:
     """A line for everything besides the cross-entropy of tokens."""
-    lines = [term.described() for term in objective.terms]
+    counts = [sum(term.count(collate([sample], 0)) for sample in samples) for term in objective.terms]
+    terms = zip(objective.terms, counts, strict=True)
+    lines = [f"{term.described()} ({count or 'none'} in these samples)" for term, count in terms]
     if (exposure := objective.exposure) is not None:
         rates = [f"{exposure.rate(progress):.0%} at {progress:.0%}" for progress in (0.0, 0.5, 1.0)]
         lines.append(f"tokens of replies read as the model predicts them: {', '.join(rates)} of training")
