@@ -68,7 +68,7 @@ def predict(
     model: Annotated[str, typer.Option(help="model folder, hub name, run folder, or embedded")] = "embedded",
     checkpoint: Annotated[str | None, typer.Option(help="of a run folder: latest (default), best, step_…")] = None,
     region: Annotated[
-        str | None, typer.Option(help="x1,y1,x2,y2 in pixels: what [region] in the prompt refers to")
+        str | None, typer.Option(help="x1,y1,x2,y2 in pixels: what \\[region] in the prompt refers to")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     system: Annotated[

@@ -16,14 +16,17 @@ from vlmtune.types import Boxes, Part, Points, Text, Turn
 
 def metrics_table(metrics: dict) -> Table:
     table = Table(title="held-out data", title_justify="left")
-    for name in ("group", "task", "metric", "before", "after", "change"):
+    compared = any("before" in pair for values in metrics.values() for pair in values.values())
+    moments = ("before", "after", "change") if compared else ("value",)
+    for name in ("group", "task", "metric", *moments):
         table.add_column(name, justify="left" if name in ("group", "task", "metric") else "right")
     for place, values in metrics.items():
         group, _, task = place.partition("/")
         for metric, pair in values.items():
             before, after = pair.get("before"), pair.get("after")
             change = "" if before is None or after is None else f"{after - before:+.3f}"
-            table.add_row(group, task, metric, *("" if v is None else f"{v:.3f}" for v in (before, after)), change)
+            cells = [*("" if v is None else f"{v:.3f}" for v in (before, after)), change]
+            table.add_row(group, task, metric, *(cells if compared else cells[1:2]))
     return table
 
 

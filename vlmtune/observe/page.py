@@ -315,11 +315,19 @@ def _training_charts(train: list[dict]) -> list[Chart]:
     charts = [
         draw_chart("Training loss", "per supervised token", one("loss")),
         draw_chart("Loss by task", "per supervised token", several("loss_by_task")),
+        draw_chart("Further losses", "means, weighted", several("loss_terms")),
+        draw_chart("Weight of tasks", "what their mean losses are multiplied with", several("task_weights")),
+        draw_chart("Share of tasks", "of the samples drawn", several("task_shares")),
+        draw_chart("Exposure", "probability per token", one("exposure") if _is_used(train, "exposure") else {}),
         draw_chart("Learning rate", "by rule", several("lr")),
         draw_chart("Gradient norm", "before clipping", one("norm")),
         draw_chart("Speed", "tokens per second", one("tokens_per_second")),
     ]
     return [chart for chart in charts if chart]
+
+
+def _is_used(train: list[dict], key: str) -> bool:
+    return any(entry.get(key) for entry in train)
 
 
 def _evaluation_charts(evals: list[dict]) -> list[Chart]:
