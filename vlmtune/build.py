@@ -174,11 +174,12 @@ def _with_negatives(source: Source, wish: Data) -> list[Weighted]:
     plain, weight = _build_plain(source), piecewise(source.weight)
     if source.negatives is None:
         return [Weighted(_prompted(plain, source, wish), weight)]
-    shares = negative_shares(source, form_of_question(plain[0]))
+    form = form_of_question(plain[0])
+    shares = negative_shares(source, form)
     members = []
     for kind, share in shares.items():
         asked = source.negatives
-        made = plain if kind == "samples" else NegativeSource(plain, kind, asked.verify, asked.what)
+        made = plain if kind == "samples" else NegativeSource(plain, kind, form, asked.verify, asked.what)
         if max(share.values) > 0:
             members.append(Weighted(_prompted(made, source, wish), combined(float.__mul__, weight, share)))
     return members

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 from training_setup import gradient_gap
 
 from vlmtune.build import load_base, wanted_readouts

@@ -12,14 +12,15 @@ the answer is "none". Referring ("What is in <region>?" -> a name) asks whether 
 asks what is at an empty place: "none".
 
 Every sample says in `meta.objects` what is in its image: [{"name": …, "box": [x1, y1, x2, y2], "kind": …}], all of it.
-`kind` may be left out: then the last word of the name is the kind.
+`kind` may be left out: then the last word of the name is the kind. `meta.name` may say which name the question asks
+for; else it is found there by the names of all objects of the source.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, Protocol
@@ -108,12 +109,13 @@ def form_of_question(sample: Sample) -> Form:
 class NegativeSource:
     """`source`'s images with questions of one kind of negative; index i is made of sample i.
 
-    verify: the question whether a name is at a place, with {name} and {region}; what: the question what is at a place,
-    with {region}, for detection (referring has its own). Each kind is a task of its own: "<task>_<kind>".
+    form: of the questions of all its samples; verify: the question whether a name is at a place, with {name} and
+    {region}; what: the question what is at a place, with {region}, for detection (referring has its own). Each kind is
+    a task of its own: "<task>_<kind>".
     """
 
-    def __init__(self, source: NamedSource, kind: NegativeKind, verify: str, what: str):
-        self._source, self._kind, self._verify, self._what = source, kind, verify, what
+    def __init__(self, source: NamedSource, kind: NegativeKind, form: Form, verify: str, what: str):
+        self._source, self._kind, self._form, self._verify, self._what = source, kind, form, verify, what
         self.name, self.size = f"{source.name} {kind}", source.size
         self._names: dict[str, str] | None = None
 
@@ -140,6 +142,11 @@ class NegativeSource:
         return [f"{task}_{self._kind}" for task in self._source.tasks()]
 
     def _negative(self, sample: Sample) -> Sample:
+        if (form := form_of_question(sample)) != self._form:
+            raise VlmtuneError(
+                f"{_where(sample)}: a question of {form} in a source whose first row is one of {self._form}; their "
+                "negatives have other ratios, so put them into files of their own."
+            )
         if self._names is None:
             self._names = self._source.names()
         return negative(sample, self._kind, self._names, self._verify, self._what)
@@ -175,12 +182,7 @@ def negative(sample: Sample, kind: NegativeKind, names: Mapping[str, str], verif
         answer = YES if kind == "confirmed" else NO
     else:
         present = {thing.name for thing in things}
-        asked = _named(user, present) or _named(user, names)
-        if asked is None:
-            raise VlmtuneError(
-                f"{_where(sample)}: negatives ask for another name with the same words, but the question holds no name "
-                f"of meta.objects ({', '.join(sorted(present))}); write names as the question does."
-            )
+        asked = _asked(sample, user, present, names)
         target = next((thing for thing in things if thing.name == asked), None) or random.choice(things)
         name = _another(kind, target, present, names, sample, random)
         question = _renamed(user, asked, name)
@@ -214,7 +216,7 @@ def _alike(name: str, other: str) -> float:
     return difflib.SequenceMatcher(None, name, other).ratio()
 
 
-def _named(turn: Turn, names: set[str] | Mapping[str, str]) -> str | None:
+def _named(turn: Turn, names: Iterable[str]) -> str | None:
     """The longest of the names that stands in the turn's text, as whole words."""
     text = "\n".join(part.text for part in turn.parts if isinstance(part, Text))
     found = [name for name in names if name in text and _whole(name).search(text)]
@@ -226,6 +228,18 @@ def _renamed(turn: Turn, name: str, other: str) -> tuple[Part, ...]:
         replace(part, text=_whole(name).sub(lambda match: other, part.text)) if isinstance(part, Text) else part
         for part in turn.parts
     )
+
+
+def _asked(sample: Sample, user: Turn, present: set[str], names: Mapping[str, str]) -> str:
+    """The name that a question asks for: `meta.name`, or what of the objects' names stands in it."""
+    said = sample.meta.get("name")
+    found = (_named(user, [said]) if isinstance(said, str) else None) or _named(user, present) or _named(user, names)
+    if found is None:
+        raise VlmtuneError(
+            f"{_where(sample)}: negatives ask for another name in the same words, but the question holds neither "
+            f"meta.name nor a name of meta.objects ({', '.join(sorted(present))}); write names as the question does."
+        )
+    return found
 
 
 def _whole(name: str) -> re.Pattern:

@@ -28,7 +28,8 @@ ABSENT_SHARE = 1 / 8  # of the grounding questions that ask for something absent
 class Question:
     """What is asked (`prompt`, the parts after the image) and the reply. `boxes` are the boxes it is about, in pixels.
 
-    `form` is a short name of the question form; `level` says how much of the scene the answer needs.
+    `name` is what it asks to find. `form` is a short name of the question form; `level` says how much of the scene the
+    answer needs.
     """
 
     form: str
@@ -36,6 +37,7 @@ class Question:
     prompt: tuple[Part, ...]
     reply: Text | Boxes
     boxes: tuple[Box, ...] = ()
+    name: str | None = None
 
     @property
     def answer(self) -> str | None:
@@ -175,7 +177,8 @@ def caption(scene: Scene, names: Sequence[str], random: Random) -> Question:
 def find(scene: Scene, names: Sequence[str], random: Random) -> Question:
     """Find X: every box of X in reading order, or "none"."""
     if random.random() < ABSENT_SHARE:
-        return _ask("find_absent", "object", f"Find {_absent_name(scene, names, random)}.", NONE)
+        name = _absent_name(scene, names, random)
+        return Question("find_absent", "object", (Text(f"Find {name}."),), Text(NONE), name=name)
     return find_present(scene, names, random)
 
 
@@ -183,7 +186,7 @@ def find_present(scene: Scene, names: Sequence[str], random: Random) -> Question
     """Find X, where there is an X."""
     name = random.choice(scene.objects).name
     boxes = tuple(thing.box for thing in scene.objects if thing.name == name)
-    return Question("find", "object", (Text(f"Find {name}."),), Boxes(boxes), boxes)
+    return Question("find", "object", (Text(f"Find {name}."),), Boxes(boxes), boxes, name)
 
 
 def what_is_in(scene: Scene, names: Sequence[str], random: Random) -> Question:

@@ -77,7 +77,8 @@ class SceneRecipe:
 
         `meta`, ready for JSON: answer (str, or None for boxes), boxes ([[x1, y1, x2, y2]] in pixels: found, referred
         to, or written in; [] where the task has none), level ("object", "attribute", "relation", "scene"), question
-        (name of the form), objects ([{name, kind, box, where}]), background (name of the photo).
+        (name of the form), name (what grounding asks to find), objects ([{name, kind, box, where}]), background (name
+        of the photo).
         VlmtuneError: an unknown task or split, a negative index, or more turns than the task can have.
         """
         id, random = self._seed(task, index, split)
@@ -243,6 +244,7 @@ def _meta(question: Question, objects: tuple[SceneObject, ...], background: Back
         "boxes": [list(box) for box in question.boxes],
         "level": question.level,
         "question": question.form,
+        **({} if question.name is None else {"name": question.name}),
         "objects": [
             {key: row[key] for key in ("name", "kind", "where")} | {"box": list(row["box"])} for row in described
         ],

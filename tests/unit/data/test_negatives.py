@@ -13,7 +13,7 @@ from training_setup import png
 
 from vlmtune.build import build_train, negative_shares
 from vlmtune.config import Data, Negatives, Source
-from vlmtune.data.negatives import negative, objects_of
+from vlmtune.data.negatives import NegativeSource, negative, objects_of
 from vlmtune.data.scenes import SceneRecipe
 from vlmtune.data.sources import FileSource, SceneSource
 from vlmtune.evaluate.metrics import iou
@@ -161,7 +161,7 @@ def test_rows_of_files_keep_their_words_and_the_last_word_is_the_kind(tmp_path):
         ({}, "hard", r"rows.jsonl:1 .*negatives need 'objects' in 'meta'"),
         ({"meta": {"objects": [{"name": "mug"}]}}, "hard", "in meta.objects is not"),
         ({"meta": {"objects": [{"name": "mug", "box": [9, 0, 3, 4]}]}}, "hard", "with x1 <= x2"),
-        ({"meta": {"objects": OBJECTS[1:]}}, "hard", r"holds no name of meta.objects \(dog\)"),
+        ({"meta": {"objects": OBJECTS[1:]}}, "hard", r"holds neither meta.name nor a name of meta.objects \(dog\)"),
         ({"meta": {"objects": OBJECTS}}, "random", "every name of the source is in this image"),
         ({"meta": {"objects": [{"name": "red mug", "box": [0, 0, 64, 48]}]}}, "background", "found no background of"),
         ({"boxes": [], "answer": "there", "meta": {"objects": OBJECTS}}, "hard", "this one has neither"),
@@ -171,6 +171,25 @@ def test_rows_without_a_negative_say_why(tmp_path, row, kind, complaint):
     source = write(tmp_path, row)
     with pytest.raises(VlmtuneError, match=complaint):
         negative(source[0], kind, source.names(), VERIFY, WHAT)
+
+
+def test_a_row_may_say_what_it_asks_for(tmp_path):
+    """The name of something that is in no image of the source."""
+    row = {
+        "question": "Any unicorn here?",
+        "answer": "none",
+        "boxes": [],
+        "meta": {"objects": OBJECTS, "name": "unicorn"},
+    }
+    source = write(tmp_path, row, {"meta": {"objects": [{"name": "cat", "box": [0, 0, 9, 9]}]}})
+    new = negative(source[0], "random", source.names(), VERIFY, WHAT)
+    assert [text_of(turn) for turn in new.turns] == ["Any cat here?", "none"]
+
+
+def test_a_source_has_questions_of_one_form(tmp_path):
+    source = write(tmp_path, {"meta": {"objects": OBJECTS}})
+    with pytest.raises(VlmtuneError, match="a question of detection in a source whose first row is one of referring"):
+        NegativeSource(source, "hard", "referring", VERIFY, WHAT)[0]
 
 
 def test_a_region_of_nothing_is_refused():

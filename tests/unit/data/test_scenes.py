@@ -406,7 +406,10 @@ def test_form_of_a_sample(samples):
         picture = Image.open(io.BytesIO(user.parts[0].source))
         assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (SIZE, SIZE))
         assert json.loads(json.dumps(sample.meta)) == sample.meta
-        assert set(sample.meta) == {"answer", "boxes", "level", "question", "objects", "background"}
+        fields = {"answer", "boxes", "level", "question", "objects", "background"}
+        assert set(sample.meta) == fields | ({"name"} if sample.task == "grounding" else set())
+        if sample.task == "grounding":
+            assert asked(sample) == f"Find {sample.meta['name']}."
         assert sample.meta["level"] in VQA_FORMS
 
 
