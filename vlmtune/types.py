@@ -199,9 +199,9 @@ class Region:
 
     at: the token whose state is read: in a reply (is_answer) the one before the first number of the box, elsewhere the
     last one of the box. box: float32[4], x1 y1 x2 y2 in fractions of the canvas. list_of: which list of boxes of the
-    sample it stands in. image: the one it is in. patches: int64[rows, columns], the tokens of that image; None where
-    they are not one grid. mask: float32[rows x PER_PATCH, columns x PER_PATCH], the share of each cell of the canvas
-    that is covered, or None.
+    sample it stands in. image: the one it is in. patches: int64[rows, columns], the tokens of that image (of its
+    overview, where it is in tiles); None where they are not one grid. mask: float32[rows x PER_PATCH,
+    columns x PER_PATCH], the share of each cell of the canvas that is covered, or None.
     """
 
     at: int

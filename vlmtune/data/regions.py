@@ -50,7 +50,8 @@ def regions_of(
 def _patches(
     ids: Sequence[int], owners: Sequence[Piece], processor, geometry: Sequence[ImageGeometry]
 ) -> list[Tensor | None]:
-    """int64[rows, columns] of each image: its tokens, row by row; None where they are not one grid."""
+    """int64[rows, columns] of each image: its tokens, row by row; of one in tiles, those of its overview. None where
+    that is not known."""
     known = {int(token) for token in processor.image_token_ids if token is not None}
     # of several (InternVL frames its images) the one of patches; Gemma 3 calls the frame its image token
     token = processor.image_token_id if processor.image_token_id in known else min(known)
@@ -60,21 +61,33 @@ def _patches(
             positions.setdefault(id(piece), []).append(index)
     grids: list[Tensor | None] = []
     for tokens, canvas in zip(positions.values(), geometry, strict=True):
-        columns = grid_columns(len(tokens), canvas, processor)
-        grids.append(None if columns is None else torch.tensor(tokens).view(-1, columns))
+        shown = _overview(tokens, processor)
+        columns = _grid_columns(len(shown), canvas)
+        grids.append(None if columns is None else torch.tensor(shown).view(-1, columns))
     return grids
 
 
-def grid_columns(tokens: int, canvas: ImageGeometry, processor) -> int | None:
-    """Columns of the grid that the tokens of one image are; None where it was cut into tiles."""
-    if any(hasattr(processor.image_processor, setting) for setting in TILING):
-        tile = getattr(processor, "image_seq_length", getattr(processor, "image_seq_len", None))
-        if tokens != tile:
-            return None
+def _overview(tokens: list[int], processor) -> list[int]:
+    """The tokens of one image that show all of it: all of them, or those of one tile; none where it has no such tile.
+
+    Idefics3, SmolVLM and InternVL put the overview behind the tiles, Gemma 3 in front.
+    """
+    image_processor = processor.image_processor
+    if not any(hasattr(image_processor, setting) for setting in TILING):
+        return tokens
+    tile = getattr(processor, "image_seq_length", getattr(processor, "image_seq_len", None))
+    if tile is None or len(tokens) % tile:
+        return []
+    if len(tokens) == tile or hasattr(image_processor, "do_pan_and_scan"):
+        return tokens[:tile]
+    return tokens[-tile:] if getattr(image_processor, "use_thumbnail", True) else []
+
+
+def _grid_columns(tokens: int, canvas: ImageGeometry) -> int | None:
     columns = round(math.sqrt(tokens * canvas.resized_width / canvas.resized_height))
     rows = tokens // max(1, columns)
     fits = rows * columns == tokens and rows * canvas.resized_width == columns * canvas.resized_height
-    return columns if fits else None
+    return columns if tokens and fits else None
 
 
 def _mask(place: Place, patches: Tensor | None, geometry: ImageGeometry, where: str) -> Tensor | None:
@@ -82,8 +95,8 @@ def _mask(place: Place, patches: Tensor | None, geometry: ImageGeometry, where: 
         return None
     if patches is None:
         raise VlmtuneError(
-            f"{where}: a mask is compared with one grid of patches, but its image was cut into tiles; leave masks out "
-            "(loss.referring), or set the image processor to one tile."
+            f"{where}: a mask is compared with one grid of patches, but its image was cut into tiles without an "
+            "overview; leave loss.referring out, or set the image processor to one tile."
         )
     rows, columns = patches.shape
     return canvas_mask(place.mask, geometry, (rows * PER_PATCH, columns * PER_PATCH), where)

@@ -69,10 +69,8 @@ def test_patches_are_one_grid_of_the_tokens_that_the_model_puts_pictures_into(fa
     patches = encoded.regions[0].patches
     image_token = load_model(str(tiny_folder(family))).config.image_token_id
     where = torch.nonzero(encoded.ids == image_token)[:, 0]
-    if patches is None:
-        assert family == "smolvlm", "which cuts this image into tiles"
-        return
-    assert torch.equal(patches.flatten(), where)
+    assert torch.equal(patches.flatten(), where[-patches.numel() :])
+    assert (patches.numel() < len(where)) == (family == "smolvlm"), "which cuts this image into tiles"
     if "image_grid_thw" in encoded.pixels:
         _, rows, columns = encoded.pixels["image_grid_thw"][0].tolist()
         merge = rows * columns // patches.numel()
@@ -163,9 +161,57 @@ def test_masks_that_cannot_be_are_refused(mask, complaint):
         canvas_mask(as_png(mask), GEOMETRIES[0], (8, 8), "s.jsonl:3")
 
 
-def test_a_mask_of_an_image_in_tiles_is_refused(tiny_folder):
-    encoder = reader(tiny_folder("smolvlm"))
-    mask = as_png(np.ones((48, 64), dtype=np.uint8))
-    assert encoder.encode(sample_of()).regions[0].patches is None
-    with pytest.raises(VlmtuneError, match="its image was cut into tiles"):
-        encoder.encode(sample_of(masks=(mask, mask)))
+def wide_reader(folder, **settings) -> Encoder:
+    """Of InternVL, which cuts wide images into tiles."""
+    processor = load_processor(str(folder))
+    for name, value in {"crop_to_patches": True, "min_patches": 1, "max_patches": 4, **settings}.items():
+        setattr(processor.image_processor, name, value)
+    return Encoder(processor, coordinates("norm1000"), reads_regions=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["smolvlm", "internvl"])
+def test_of_tiles_the_overview_is_read(family, tiny_folder):
+    """What the model puts into these tokens changes with the last crop it is given, and with no other."""
+    folder = tiny_folder(family)
+    encoder = wide_reader(folder) if family == "internvl" else reader(folder)
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 130, 3), dtype=np.uint8)).save(buffer, "PNG")
+    user = Turn("user", (ImageRef(buffer.getvalue()), Boxes(((1.0, 2.0, 50.0, 40.0),), region=True)))
+    encoded = encoder.encode(Sample("s", (user, Turn("assistant", (Text("yes"),)))))
+    patches = encoded.regions[0].patches.flatten()
+    model = load_model(str(folder))
+    image_token = model.config.image_token_id
+    where = torch.nonzero(encoded.ids == image_token)[:, 0]
+    assert len(where) > len(patches)
+
+    def embedded(pixels: dict) -> torch.Tensor:
+        seen = []
+        handle = model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        model(input_ids=encoded.ids[None], attention_mask=torch.ones_like(encoded.ids)[None], **pixels)
+        handle.remove()
+        return seen[0][0]
+
+    before = embedded(encoded.pixels)
+    crops = encoded.pixels["pixel_values"]
+    axis = 1 if crops.dim() == 5 else 0
+    changed = {}
+    for place in (0, crops.shape[axis] - 1):
+        other = crops.clone()
+        other.select(axis, place).add_(0.5)
+        moved = (embedded({**encoded.pixels, "pixel_values": other}) - before).abs().amax(1) > 1e-6
+        changed[place] = set(torch.nonzero(moved)[:, 0].tolist())
+    last = crops.shape[axis] - 1
+    assert changed[last] == set(patches.tolist()) and not changed[0] & changed[last]
+
+
+def test_a_mask_of_an_image_in_tiles_without_an_overview_is_refused(tiny_folder):
+    encoder = wide_reader(tiny_folder("internvl"), use_thumbnail=False)
+    buffer = io.BytesIO()
+    Image.new("RGB", (130, 60)).save(buffer, "PNG")
+    mask = as_png(np.ones((60, 130), dtype=np.uint8))
+    user = Turn("user", (ImageRef(buffer.getvalue()), Boxes(((1.0, 2.0, 50.0, 40.0),), region=True, masks=(mask,))))
+    with pytest.raises(VlmtuneError, match="cut into tiles without an overview"):
+        encoder.encode(Sample("s", (user, Turn("assistant", (Text("yes"),)))))
