@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from vlmtune.adapt.plan import Plan, Policy
-from vlmtune.config import INHERIT, BoxTerm, Config, Data, Rule, Source
+from vlmtune.build_loss import wanted_readouts
+from vlmtune.config import INHERIT, Config, Data, Rule, Source
 from vlmtune.data.encode import Encoder
-from vlmtune.data.grounding import BinTokens, coordinates
+from vlmtune.data.grounding import coordinates
 from vlmtune.data.loader import Steps, load_steps
 from vlmtune.data.mixture import Mixture
 from vlmtune.data.negatives import Form, NegativeSource, form_of_question
@@ -26,12 +27,7 @@ from vlmtune.data.sources import FileSource, PromptedSource, SampleSource, Scene
 from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_overlong, survey_source
 from vlmtune.data.templates import set_template
 from vlmtune.data.window import Window
-from vlmtune.losses.balance import Balance, Fixed, GradNorm, InitialLosses, InverseInitial, Uncertainty
-from vlmtune.losses.boxes import BoxLoss
-from vlmtune.losses.exposure import Exposure, ExposureRate
-from vlmtune.losses.objective import Objective, Term
-from vlmtune.losses.referring import HeadBoxLoss, ReferringLoss
-from vlmtune.losses.weights import TokenWeights
+from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor
@@ -42,7 +38,6 @@ from vlmtune.schedule import Length, Piecewise, combined, cosine_with_warmup, pi
 from vlmtune.trainer import Settings
 from vlmtune.types import VlmtuneError
 
-SHARED_PARTS = ("vision", "projector", "language")  # in the order of the forward
 EMBEDDED, EMBEDDED_UNTRAINED = "embedded", "embedded_untrained"
 
 # what may change between a run and its resume without changing a bit of the training
@@ -99,13 +94,6 @@ def load_base(config: Config) -> Base:
     if readouts := wanted_readouts(config):
         attach_readouts(model, sorted(readouts), config.train.seed)
     return Base(path, model, processor, new_tokens, remark)
-
-
-def wanted_readouts(config: Config) -> set[str]:
-    """Names of the heads that the losses of this config read."""
-    wish = config.loss
-    heads = {"box"} if wish.box is not None and wish.box.read == "head" else set()
-    return heads if wish.referring is None else heads | _referring(config).heads
 
 
 def _wanted_tokens(data: Data, model: torch.nn.Module, tokenizer) -> list[str]:
@@ -400,95 +388,6 @@ def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequen
     return TemperatureOrder(pools, steps, batch, seed, temperature, wish.every or 50)
 
 
-def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan, encoder: Encoder) -> Objective:
-    """The loss section of the config, for these sources (their tasks), this plan (what tasks share) and this encoder
-    (how boxes are written)."""
-    wish = config.loss.balance
-    weights = TokenWeights({kind: piecewise(weight) for kind, weight in config.loss.weights.items()})
-    if wish.by == "tokens":
-        return Objective(weights, None, _terms(config, encoder), _exposure(config, encoder))
-    tasks = sorted(set().union(*(source.tasks() for source in sources)))
-    for name in ("weights", "initial"):
-        _require_same_tasks(f"loss.balance.{name}", getattr(wish, name), tasks)
-    initial = InitialLosses(tasks, wish.initial_steps or 10, wish.initial)
-    match wish.by:
-        case "fixed":
-            balance: Balance = Fixed(wish.weights)
-        case "inverse":
-            balance = InverseInitial(initial)
-        case "uncertainty":
-            balance = Uncertainty(tasks)
-        case "gradnorm":
-            balance = GradNorm(initial, last_shared_block(plan), 1.5 if wish.alpha is None else wish.alpha)
-    return Objective(weights, balance, _terms(config, encoder), _exposure(config, encoder))
-
-
-def _terms(config: Config, encoder: Encoder) -> list[Term]:
-    box, referring = config.loss.box, config.loss.referring
-    terms: list[Term] = []
-    if box is not None:
-        terms.append(HeadBoxLoss(box.l1, box.giou) if box.read == "head" else _token_box_loss(box, encoder))
-    return terms if referring is None else [*terms, _referring(config)]
-
-
-def _referring(config: Config) -> ReferringLoss:
-    wish = config.loss.referring
-    return ReferringLoss(wish.mask, wish.box, wish.consistency)
-
-
-def _token_box_loss(wish: BoxTerm, encoder: Encoder) -> BoxLoss:
-    convention = encoder.coordinates
-    if not isinstance(convention, BinTokens):
-        raise VlmtuneError(
-            f"loss.box reads boxes from coordinate tokens, but this model writes them as {convention.name!r}; set "
-            "read: head, or data.coordinates to bins or bins1000 (with data.add_coordinate_tokens where they are new)."
-        )
-    token_id = encoder.tokenizer.convert_tokens_to_ids
-    values = {token_id(token): value for token, value in convention.numbers().items()}
-    return BoxLoss(values, token_id("<box>"), token_id("</box>"), wish.l1, wish.giou)
-
-
-DEFAULT_K = {"linear": 0.0, "exponential": 0.01, "inverse_sigmoid": 10.0}
-
-
-def _exposure(config: Config, encoder: Encoder) -> Exposure | None:
-    wish = config.loss.exposure
-    if wish is None:
-        return None
-    k = DEFAULT_K[wish.decay] if wish.k is None else wish.k
-    rate = ExposureRate(wish.decay, wish.rate, wish.start, k)
-    return Exposure(rate, encoder.stop_token_ids() | encoder.image_token_ids)
-
-
-def _require_same_tasks(key: str, named: dict[str, float] | None, tasks: Sequence[str]) -> None:
-    if named is None:
-        return
-    unknown, missing = sorted(set(named) - set(tasks)), sorted(set(tasks) - set(named))
-    if unknown:
-        raise VlmtuneError(
-            f"{key}: no training sample has the task {unknown[0]!r}; tasks of data.train: {', '.join(tasks)}."
-        )
-    if missing:
-        raise VlmtuneError(f"{key} has no number for the task {', '.join(missing)} of data.train; add it.")
-
-
-def last_shared_block(plan: Plan) -> list[torch.nn.Parameter]:
-    """What trains in the last block that every task passes: the highest language layer with a trainable parameter (its
-    adapters too), else the projector, else the highest vision layer. Raises VlmtuneError where none of them trains."""
-    layers: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
-    for name, parameter in plan.parameters.items():
-        part, *rest = name.split(".")
-        if part in SHARED_PARTS:
-            layer = int(rest[1]) if rest[0] == "layers" else -1
-            layers.setdefault((SHARED_PARTS.index(part), layer), []).append(parameter)
-    if not layers:
-        raise VlmtuneError(
-            "loss.balance gradnorm compares gradients where the tasks meet, but the plan trains neither the language "
-            "model nor projector nor vision; train one, or balance by uncertainty."
-        )
-    return layers[max(layers)]
-
-
 def build_optimizer(config: Config, plan: Plan, objective: Objective) -> torch.optim.AdamW:
     groups = plan.optimizer_groups() + objective.optimizer_groups(config.loss.balance.lr or 0.025)
     return build_adamw(groups, config.optim.betas, config.optim.eps)
@@ -526,7 +425,7 @@ def fingerprint_tree(config: Config) -> dict:
 
 
 __all__ = [
-    "FittedData", "build_encoder", "build_eval_groups", "build_objective", "build_optimizer", "last_shared_block",
+    "FittedData", "build_encoder", "build_eval_groups", "build_optimizer",
     "build_settings", "build_source", "build_steps", "build_train", "cache_folder",
     "changes", "count_samples", "describe_new_tokens", "describe_sources", "describe_surveys", "fingerprint_tree",
     "fit_data", "load_base", "load_model",

@@ -24,7 +24,6 @@ from vlmtune.adapt.plan import apply_plan
 from vlmtune.build import (
     build_encoder,
     build_eval_groups,
-    build_objective,
     build_optimizer,
     build_settings,
     build_steps,
@@ -41,6 +40,7 @@ from vlmtune.build import (
     remarks_on_prompts,
     step_loader,
 )
+from vlmtune.build_loss import build_objective
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
 from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.data.loader import Steps

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 from training_setup import gradient_gap
 
-from vlmtune.build import load_base, wanted_readouts
+from vlmtune.build import load_base
+from vlmtune.build_loss import wanted_readouts
 from vlmtune.config import Config
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder

@@ -16,7 +16,7 @@ LEVELS = (
     ("adapt", "evaluate"),
     ("checks",),
     ("trainer", "checkpoint", "observe"),
-    ("config", "build", "stages", "run", "use", "view", "check_data", "outcome"),
+    ("config", "build", "build_loss", "stages", "run", "use", "view", "check_data", "outcome"),
     ("cli", "__main__"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
@@ -26,6 +26,9 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
     5: {
         *((part, other) for part in ("run", "use", "view", "check_data") for other in ("build", "config")),
         ("build", "config"),
+        ("build", "build_loss"),
+        ("build_loss", "config"),
+        ("run", "build_loss"),
         ("run", "view"),
         ("run", "outcome"),
         ("use", "outcome"),
