@@ -14,7 +14,7 @@ from typing import TextIO
 import numpy as np
 from rich.console import Console
 
-from vlmtune.build import build_encoder, build_eval_groups, build_source, load_base, source_names
+from vlmtune.build import build_encoder, build_source, load_base, source_names
 from vlmtune.config import Config
 from vlmtune.data.check import CHUNK, RowCheck, RowFinding, check_rows
 from vlmtune.data.duplicates import TRAIN, Duplicates, SplitSource
@@ -76,8 +76,8 @@ def split_sources(config: Config) -> tuple[list[SplitSource], list[str]]:
                 skipped.append(prefix + name)
 
     add(train, TRAIN, "")
-    for group, members in build_eval_groups(config).items():
-        add(members, f"eval/{group}", f"{group}/")
+    for group, wishes in config.data.eval.items():
+        add([build_source(source, config.data) for source in wishes], f"eval/{group}", f"{group}/")
     return found, skipped
 
 
