@@ -32,6 +32,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/losses/cross_entropy.py
 	$(BIN)/python benchmarks/data/index.py
+	$(BIN)/python benchmarks/losses/study.py
 
 # Train the embedded model's projector and language model again (about three hours on one core) and put them into the package.
 base-weights: $(READY)
