@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vlmtune.adapt.plan import Plan, Policy
+from vlmtune.adapt.storage import loads_in_file_format, wanted_quantisation
 from vlmtune.build_loss import wanted_readouts
 from vlmtune.config import INHERIT, Config, Data, Rule, Source
 from vlmtune.data.encode import Encoder
@@ -30,10 +31,11 @@ from vlmtune.data.window import Window
 from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
-from vlmtune.models.load import load_model, load_processor
+from vlmtune.models.load import load_model, load_processor, meta_model, stored_dtype
 from vlmtune.models.readouts import attach_readouts, readouts_of
 from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.optimizer import build_adamw
+from vlmtune.optim.precision import resolve_precision
 from vlmtune.schedule import Length, Piecewise, combined, cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings
 from vlmtune.types import VlmtuneError
@@ -84,16 +86,35 @@ class Base:
     remark: str | None  # on the chat template
 
 
-def load_base(config: Config) -> Base:
+def load_base(config: Config, as_stored: bool = True) -> Base:
+    """The base of a config. as_stored: keep its weights as the rules of the plan say; False: in float32, all of them."""
     path = resolve_model(config.model)
     processor = load_processor(path)
     remark = set_template(processor, config.data.template)
-    model = load_model(path)
+    model = _load_as_stored(path, config) if as_stored else load_model(path)
     wanted = _wanted_tokens(config.data, model, processor.tokenizer)
     new_tokens = add_tokens(model, processor.tokenizer, wanted)
     if readouts := wanted_readouts(config):
         attach_readouts(model, sorted(readouts), config.train.seed)
     return Base(path, model, processor, new_tokens, remark)
+
+
+def _load_as_stored(path: str, config: Config) -> torch.nn.Module:
+    rules = policies(config)
+    if not loads_in_file_format(rules):
+        return load_model(path)
+    precision = resolve_precision(config.train.precision, best_device())
+    if precision == "fp32" and any(policy.store == "bf16" for _, policy in rules):
+        raise VlmtuneError(
+            "train.precision is fp32, but a rule says store: bf16; bfloat16 weights need train.precision: bf16."
+        )
+    compute = torch.bfloat16 if precision == "bf16" else torch.float32
+    quantisation = wanted_quantisation(meta_model(path), rules, config.quantise.double, compute)
+    return load_model(path, stored_dtype(path), quantisation=quantisation)
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _wanted_tokens(data: Data, model: torch.nn.Module, tokenizer) -> list[str]:
@@ -388,9 +409,9 @@ def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequen
     return TemperatureOrder(pools, steps, batch, seed, temperature, wish.every or 50)
 
 
-def build_optimizer(config: Config, plan: Plan, objective: Objective) -> torch.optim.AdamW:
+def build_optimizer(config: Config, plan: Plan, objective: Objective) -> torch.optim.Optimizer:
     groups = plan.optimizer_groups() + objective.optimizer_groups(config.loss.balance.lr or 0.025)
-    return build_adamw(groups, config.optim.betas, config.optim.eps)
+    return build_adamw(groups, config.optim.betas, config.optim.eps, config.optim.name)
 
 
 def step_loader(steps: Steps, workers: int):
@@ -402,14 +423,18 @@ def policies(config: Config) -> list[tuple[str, Policy]]:
 
 
 def _policy(rule: Rule, config: Config) -> Policy:
-    rank = rule.rank or 16
     return Policy(
         train=rule.train,
         lr=rule.lr or config.optim.lr,
         weight_decay=config.optim.weight_decay if rule.weight_decay is None else rule.weight_decay,
-        rank=rank,
-        alpha=rule.alpha or 2.0 * rank,
+        rank=16 if rule.rank is None else rule.rank,
+        alpha=rule.alpha,
         dropout=rule.dropout or 0.0,
+        method=rule.method or "",
+        options=rule.options,
+        store=rule.store,
+        init=rule.init,
+        lr_b=rule.lr_b or 1.0,
     )
 
 

@@ -2,7 +2,8 @@
 
     step_000100/
       trained.safetensors     fully trained parameters and new rows (canonical names), buffers of trained modules
-      adapter/                LoRA in peft's own format (absent without LoRA)
+      adapter/                adapters in peft's own format, further ones in folders of their names (absent without)
+      plan.json               what trained, and how: for people, and for the comparison when it is loaded
       optimizer.safetensors   AdamW state by parameter name
       state.json              step, samples seen, RNG, config fingerprint, new tokens, metrics
 Files are written to a temporary sibling, synced and renamed: a folder with a final name is complete. No pickle.
@@ -25,8 +26,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vlmtune.adapt.library import load_adapter, save_adapter
-from vlmtune.adapt.plan import Plan, load_trained, trained_state
+from vlmtune.adapt.plan import Plan
+from vlmtune.adapt.record import plan_record, require_same_plan
+from vlmtune.adapt.state import load_adapters, load_trained, save_adapters, trained_state
 from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from vlmtune.types import VlmtuneError
 
@@ -65,10 +67,10 @@ def save_checkpoint(
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    full, adapter = trained_state(model, plan)
+    full, adapters = trained_state(model, plan)
     save_file({k: v.contiguous() for k, v in full.items()}, draft / "trained.safetensors", metadata={"format": "pt"})
-    if plan.lora is not None:
-        save_adapter(adapter, plan.lora, draft / "adapter")
+    save_adapters(adapters, plan, draft / "adapter")
+    (draft / "plan.json").write_text(json.dumps(plan_record(plan), indent=1))
     save_file(optimizer_tensors(optimizer), draft / "optimizer.safetensors", metadata={"format": "pt"})
     learned = {name: value.contiguous() for name, value in objective.state_dict().items()}
     if learned:
@@ -126,11 +128,10 @@ def load_weights(folder: Path, model: torch.nn.Module, plan: Plan) -> dict:
             f"{folder}: its new tokens have other rows than they would get now; the base model's tokenizer or the list "
             "of new tokens was changed since. Use the base and the config of that run."
         )
+    if (folder / "plan.json").is_file():  # of checkpoints written before there was one, the tensors are compared
+        require_same_plan(json.loads((folder / "plan.json").read_text()), plan_record(plan), str(folder))
     load_trained(model, plan, _tensors(folder / "trained.safetensors"), str(folder))
-    if (plan.lora is not None) != (folder / "adapter").is_dir():
-        raise VlmtuneError(f"{folder}: the plan and the checkpoint disagree about having an adapter.")
-    if plan.lora is not None:
-        load_adapter(model, folder / "adapter")
+    load_adapters(model, plan, folder / "adapter")
     return described
 
 

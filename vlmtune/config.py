@@ -190,28 +190,62 @@ class Data(Strict):
         return self
 
 
+RANK_KINDS = Literal["qk", "vo", "up", "down", "cross", "other"]
+Rank = Annotated[int, Field(ge=1)]
+
+
 class Rule(Strict):
     """What happens to the parameters whose canonical name the pattern covers."""
 
     match: str
-    train: Literal["frozen", "full", "lora", "new_rows"]
+    train: Literal["frozen", "full", "lora", "ia3", "adapter", "cross_modal", "prefix", "peft", "new_rows"]
     lr: float | None = Field(None, gt=0, description="learning rate (default: optim.lr)")
     weight_decay: float | None = Field(None, ge=0, description="(default: optim.weight_decay)")
-    rank: int | None = Field(None, ge=1, description="LoRA rank (default 16)")
+    rank: Rank | dict[RANK_KINDS, Rank] | None = Field(
+        None, description="LoRA rank, or one for each kind of module: {qk: 8, vo: 16, up: 32, down: 16} (default 16)"
+    )
     alpha: float | None = Field(None, gt=0, description="LoRA alpha (default: 2 x rank)")
     dropout: float | None = Field(None, ge=0, lt=1, description="LoRA dropout (default 0)")
+    lr_b: float | None = Field(None, gt=0, description="LoRA+: factor on the learning rate of B (default 1)")
+    method: str | None = Field(None, description="train: peft: which of peft's methods, for example loha, oft, boft")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further fields of the method's config: {use_dora: true}, {dim: 64}, …"
+    )
+    store: Literal["fp32", "bf16", "nf4", "int8"] = Field("fp32", description="number format of the base weights")
+    init: Literal["keep", "xavier"] = Field("keep", description="full: keep the weights, or draw them anew")
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> Rule:
-        given = {name for name in ("rank", "alpha", "dropout") if getattr(self, name) is not None}
+        given = [name for name in ("rank", "alpha", "dropout", "lr_b") if getattr(self, name) is not None]
         if self.train != "lora" and given:
             raise ValueError(f"{', '.join(sorted(given))} only mean something with train: lora")
+        if self.options and self.train in ("frozen", "full", "new_rows"):
+            raise ValueError(f"options mean nothing with train: {self.train}")
+        if (self.method is None) == (self.train == "peft"):
+            raise ValueError("method belongs to train: peft, and train: peft needs one")
         if self.train == "frozen" and (self.lr is not None or self.weight_decay is not None):
             raise ValueError("lr and weight_decay mean nothing on frozen parameters")
+        if self.init != "keep" and self.train != "full":
+            raise ValueError(f"init: {self.init} throws weights away, so they must all learn again: train: full")
+        if self.store != "fp32" and self.train in ("full", "new_rows"):
+            raise ValueError(
+                f"store: {self.store} with train: {self.train} would lose small updates; what trains is kept in float32"
+            )
+        if self.rank == {}:
+            raise ValueError("rank gives no kind a rank; write a number, or {qk: 8, …}")
         return self
 
 
+class Quantise(Strict):
+    """How rules with store: nf4 keep weights."""
+
+    double: bool = Field(True, description="quantise the constants too: 0.127 instead of 0.5 bit per weight")
+
+
 class Optim(Strict):
+    name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
+        "adamw", description="8bit: state in 8 bits; paged: state that can move to the host (needs CUDA)"
+    )
     lr: float = Field(2e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0, description="never applied to LoRA, norms and biases")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -367,11 +401,18 @@ class Config(Strict):
     data: Data
     plan: list[Rule] = Field(min_length=1, description="ordered rules over canonical parameter names; first match wins")
     loss: Loss = Loss()
+    quantise: Quantise = Quantise()
     optim: Optim = Optim()
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     run: str = Field("runs/run", min_length=1, description="run folder")
+
+    @model_validator(mode="after")
+    def _quantise_has_effect(self) -> Config:
+        if not self.quantise.double and not any(rule.store == "nf4" for rule in self.plan):
+            raise ValueError("quantise.double means nothing without a rule that says store: nf4")
+        return self
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Config:
@@ -473,7 +514,7 @@ def _fields_at(location: tuple) -> list[str]:
     """Field names of the model at a place in the tree."""
     places: dict[tuple, type[BaseModel]] = {
         (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
-        ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
+        ("quantise",): Quantise, ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
         ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
         ("data", "train", "negatives"): Negatives,
         ("loss", "box"): BoxTerm, ("loss", "referring"): ReferringTerm, ("loss", "exposure"): ExposureTerm,

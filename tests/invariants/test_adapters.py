@@ -8,7 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from training_setup import full_rules, lora_rules, make_trainer, micro_batches, snapshot
 
 from vlmtune.adapt.library import has_adapter, merge_adapters
-from vlmtune.adapt.plan import Policy, apply_plan, trained_state
+from vlmtune.adapt.plan import Policy, apply_plan
+from vlmtune.adapt.state import trained_state
 from vlmtune.models.anatomy import canonical_parameters, part_of
 from vlmtune.models.load import load_model
 from vlmtune.models.tiny import FAMILIES

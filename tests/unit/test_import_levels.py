@@ -38,7 +38,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
 DOORS = {
     "transformers": ("models/", "data/encode.py", "data/resolution.py", "evaluate/generate.py"),
     "peft": ("adapt/",),
-    "bitsandbytes": ("models/load.py", "optim/optimizer.py"),
+    "bitsandbytes": ("models/quantise.py", "optim/optimizer.py"),
     "pyarrow": ("data/tables.py",),
     "datasets": ("data/tables.py",),
     "accelerate": (),

@@ -1,92 +1,122 @@
-"""The one door to peft: inject LoRA by full module path, read its weights, load them, merge them."""
+"""The one door to peft's models: inject adapters by full module path, read their weights, load them, merge them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlmtune.adapt.methods import Adapter
 from vlmtune.types import VlmtuneError
 
-ADAPTER = "default"
+DEFAULT = "default"
+MERGE_TOLERANCE = 1e-4
+"""Of a merged layer in float32, relative to its largest output: rounding of (W + dW) x against W x + dW x."""
 
 
-@dataclass(frozen=True)
-class LoraTarget:
-    """LoRA on one linear module: y = W x + (alpha / rank) · B A x."""
+def inject(model: nn.Module, adapters: list[Adapter], seed: int) -> set[str]:
+    """Put the adapters into `model` in place; what they draw at random comes from `seed` alone.
 
-    rank: int
-    alpha: float
-    dropout: float
-
-
-def inject_lora(model: nn.Module, targets: Mapping[str, LoraTarget], base_name: str, seed: int) -> LoraConfig:
-    """Wrap the named modules (full paths) in place; A is Kaiming-uniform from `seed`, B is zero.
-
-    Full paths only: suffixes would also hit a tower whose layers have the same names (PAINS 8).
+    Returns the names (as in `model.named_parameters()`) of their trainable parameters: some methods keep fixed ones.
+    Raises VlmtuneError when peft refuses, or adapts other modules than planned.
     """
-    dropouts = {t.dropout for t in targets.values()}
-    if len(dropouts) > 1:
-        raise VlmtuneError(
-            f"plan: LoRA rules with different dropout ({sorted(dropouts)}) cannot share one adapter yet."
-        )
-    first = next(iter(targets.values()))
-    config = LoraConfig(
-        r=first.rank,
-        lora_alpha=first.alpha,
-        lora_dropout=first.dropout,
-        target_modules="|".join(re.escape(name) for name in targets),
-        rank_pattern={f"^{re.escape(n)}$": t.rank for n, t in targets.items() if t.rank != first.rank},
-        alpha_pattern={f"^{re.escape(n)}$": t.alpha for n, t in targets.items() if t.alpha != first.alpha},
-        base_model_name_or_path=base_name,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, model, ADAPTER)
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    if wrapped != set(targets):
-        raise VlmtuneError(f"plan: peft adapted other modules than planned: {sorted(wrapped ^ set(targets))[:3]}.")
-    return config
+    trainable: set[str] = set()
+    for adapter in adapters:
+        known = {id(parameter) for parameter in model.parameters()}
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several adapters are meant
+            torch.manual_seed(seed)
+            try:
+                inject_adapter_in_model(adapter.config, model, adapter.name)
+            except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+                rule = next(iter(adapter.targets.values())).rule
+                raise VlmtuneError(
+                    f"plan: rule {rule!r}: peft cannot put {adapter.method} into these modules "
+                    f"({' '.join(str(error).split())})."
+                ) from error
+        trainable |= {name for name, p in model.named_parameters() if id(p) not in known and p.requires_grad}
+        wrapped = {path for path, module in tuner_layers(model) if adapter.name in _adapters_in(module)}
+        if wrapped != set(adapter.targets):
+            odd = sorted(wrapped ^ set(adapter.targets))[:3]
+            raise VlmtuneError(f"plan: peft adapted other modules than planned: {', '.join(odd)}.")
+    for adapter in adapters:  # a later adapter switches the earlier ones off
+        for path in adapter.targets:
+            model.get_submodule(path).set_adapter([adapter.name])
+    return trainable
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Adapter tensors under peft's own names, empty without an adapter."""
-    if not has_adapter(model):
-        return {}
-    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+def tuner_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _adapters_in(layer: BaseTunerLayer) -> set[str]:
+    """Names of the adapters that have weights in this layer."""
+    held = (getattr(layer, name, {}) for name in layer.adapter_layer_names)
+    return {key for container in held if hasattr(container, "keys") for key in container.keys()}  # noqa: SIM118
 
 
 def has_adapter(model: nn.Module) -> bool:
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    return bool(tuner_layers(model))
 
 
-def save_adapter(state: dict[str, Tensor], config: LoraConfig, folder: Path) -> None:
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, every adapter is switched off: the base model, with what was trained in full."""
+    layers = [layer for _, layer in tuner_layers(model)]
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for name, parameter in model.named_parameters():  # switching changes what trains
+            parameter.requires_grad_(flags[name])
+
+
+# ---- on disk ----------------------------------------------------------------------------------------------------
+
+
+def adapter_state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Tensors of one adapter under peft's own names."""
+    return get_peft_model_state_dict(model, adapter_name=adapter.name, save_embedding_layers=False)
+
+
+def adapter_folder(root: Path, adapter: Adapter) -> Path:
+    """peft's own layout: the default adapter lies in the folder itself, the others in folders of their names."""
+    return root if adapter.name == DEFAULT else root / adapter.name
+
+
+def save_adapter(state: dict[str, Tensor], config: PeftConfig, folder: Path) -> None:
     """A folder that `peft.PeftModel.from_pretrained(base, folder)` loads: names carry peft's `base_model.model.`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{name}": value.contiguous() for name, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     described = config.to_dict()
-    described["target_modules"] = (
-        sorted(described["target_modules"])
-        if isinstance(described["target_modules"], set)
-        else described["target_modules"]
-    )
+    for key, value in described.items():
+        if isinstance(value, set):
+            described[key] = sorted(value)
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=2, default=str))
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     """Load into an adapter that is already injected. Any missing or unexpected tensor is an error (PAINS 16)."""
-    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise VlmtuneError(f"{folder}/adapter_model.safetensors is missing or damaged ({error}).") from error
     tensors = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
-    expected = adapter_state(model)
+    expected = adapter_state(model, adapter)
     if set(tensors) != set(expected):
         odd = sorted(set(tensors) ^ set(expected))
         raise VlmtuneError(
@@ -95,25 +125,57 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     wrong = [name for name in tensors if tensors[name].shape != expected[name].shape]
     if wrong:
         raise VlmtuneError(f"{folder}: {wrong[0]} has another shape than the plan's; was the rank changed?")
-    set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter.name)
+
+
+# ---- merging ----------------------------------------------------------------------------------------------------
 
 
 def merge_adapters(model: nn.Module) -> int:
-    """Add every adapter to its base weight and put the plain module back; returns how many modules changed.
+    """Put every adapter into its base weight and the plain module back; returns how many modules were merged.
 
-    Raises VlmtuneError if a merged weight equals the base although its adapter is not zero.
+    Each merge is proved on random inputs: the merged layer answers as the adapted one did, and its weight has changed
+    unless the adapter did nothing. Raises VlmtuneError where that fails, and for a method that cannot be merged.
     """
-    merged = 0
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        before = module.get_base_layer().weight.detach().clone()
-        delta = module.get_delta_weight(ADAPTER)
-        module.merge(safe_merge=True, adapter_names=[ADAPTER])
-        base = module.get_base_layer()
-        if bool(delta.abs().max() > 0) and torch.equal(before, base.weight):
-            raise VlmtuneError(f"merge: {name} did not change although its adapter is not zero (lost to rounding?).")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, base)
-        merged += 1
-    return merged
+    layers = tuner_layers(model)
+    for path, layer in layers:
+        require_mergeable(layer, path)
+    for path, layer in layers:
+        _merge(model, path, layer)
+    return len(layers)
+
+
+def require_mergeable(layer: BaseTunerLayer, path: str) -> None:
+    """Raises VlmtuneError for an adapter around a whole sub-layer (it is no weight), and for a quantised base weight."""
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear):
+        raise VlmtuneError(
+            f"merge: the adapter of {path} is not linear, so no weight can stand for it; keep the adapter: "
+            "`vlmtune export --as adapter`."
+        )
+    if not base.weight.is_floating_point():
+        raise VlmtuneError(f"merge: the base weight of {path} is quantised; merge into the base that it was made from.")
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, path: str, layer: BaseTunerLayer) -> None:
+    base = layer.get_base_layer()
+    probe = torch.randn(4, base.in_features, generator=torch.Generator().manual_seed(0)).to(base.weight)
+    plain, adapted = base(probe), layer(probe)
+    before = base.weight.detach().clone()
+    try:
+        layer.merge(safe_merge=True)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise VlmtuneError(f"merge: peft cannot merge {path} ({' '.join(str(error).split())}).") from error
+    base = layer.get_base_layer()
+    if not torch.equal(plain, adapted) and torch.equal(before, base.weight):
+        raise VlmtuneError(f"merge: {path} did not change although its adapter is not zero (lost to rounding?).")
+    gap = float((base(probe) - adapted).abs().max() / adapted.abs().max().clamp(min=1e-12))
+    allowed = max(MERGE_TOLERANCE, 8 * torch.finfo(base.weight.dtype).eps)
+    if not gap <= allowed:
+        raise VlmtuneError(
+            f"merge: {path} answers differently by {gap:.1e} once merged (allowed {allowed:.1e}); this method or this "
+            "number format cannot be merged, use `vlmtune export --as adapter`."
+        )
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, base)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from peft import LoraConfig
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from vlmtune.adapt.library import LoraTarget, adapter_state, inject_lora
+from vlmtune.adapt.library import inject
+from vlmtune.adapt.methods import ADAPTED, Adapter, Target, build_adapters, find_targets, rank_of
 from vlmtune.adapt.new_rows import NEW_ROWS, split_new_rows
-from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, unreachable_parameters
+from vlmtune.models.anatomy import (
+    anatomy_of,
+    canonical_name,
+    canonical_parameters,
+    part_of,
+    unreachable_parameters,
+)
+from vlmtune.models.initialise import draw_anew
+from vlmtune.models.quantise import QUANTISED, has_data, is_quantised, stored_as
 from vlmtune.models.vocabulary import NewTokens
 from vlmtune.rules import assign
 from vlmtune.types import VlmtuneError
@@ -18,30 +29,45 @@ from vlmtune.types import VlmtuneError
 
 @dataclass(frozen=True)
 class Policy:
-    """The value of a rule. Defaults are already filled in."""
+    """The value of a rule. Defaults are already filled in.
 
-    train: Literal["frozen", "full", "lora", "new_rows"]
+    train: "adapter" is a bottleneck adapter, "peft" any other method of peft, named by `method`. rank: of LoRA, one
+    number or kind of linear module (`models.anatomy.LinearKind`) -> number; alpha: None for 2 x rank. options: further
+    fields of the method's own config class (peft's LoraConfig, IA3Config, …, our BottleneckConfig, …). store: number
+    format in which the base weights are kept. init: "xavier" draws the covered matrices anew. lr_b: factor on the learning rate of LoRA's B
+    (LoRA+, Hayou et al. 2024).
+    """
+
+    train: Literal["frozen", "full", "lora", "ia3", "adapter", "cross_modal", "prefix", "peft", "new_rows"]
     lr: float = 0.0
     weight_decay: float = 0.0
-    rank: int = 16
-    alpha: float = 32.0
+    rank: int | Mapping[str, int] = 16
+    alpha: float | None = None
     dropout: float = 0.0
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    store: Literal["fp32", "bf16", "nf4", "int8"] = "fp32"
+    init: Literal["keep", "xavier"] = "keep"
+    lr_b: float = 1.0
 
 
 @dataclass
 class Plan:
     """The outcome of applying rules to a model.
 
-    rule_of: canonical name of every trainable parameter -> rule pattern; parameters: the same names -> parameter;
-    rows: the assignment table; lora: the adapter's config, None without one; new_tokens: what the base model lacks.
+    parameters: canonical name of every trainable parameter -> parameter; rule_of: the same names -> rule pattern;
+    adapter_parameters: those of the names that adapters brought; rows: the assignment table; adapters: what peft put
+    in; new_tokens: what the base model lacks; base: digest of the base model's weights, per part.
     """
 
     parameters: dict[str, nn.Parameter]
     rule_of: dict[str, str]
     policies: dict[str, Policy]
     rows: list[dict]
-    lora: LoraConfig | None
+    adapters: list[Adapter]
+    adapter_parameters: frozenset[str]
     new_tokens: NewTokens
+    base: dict[str, str]
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """rule pattern -> its trainable parameters, for norms and clipping."""
@@ -51,20 +77,26 @@ class Plan:
         return groups
 
     def optimizer_groups(self) -> list[dict]:
-        """Parameter groups: per rule, split into decayed and not decayed (LoRA, norms, biases; SPEC G3)."""
-        groups: dict[tuple[str, bool], dict] = {}
+        """Parameter groups: per rule, split into decayed and not decayed (adapters, norms, biases; SPEC G3), and
+        LoRA's B where it has a learning rate of its own."""
+        groups: dict[tuple[str, bool, bool], dict] = {}
         for name, parameter in self.parameters.items():
             rule = self.rule_of[name]
             policy = self.policies[rule]
-            decays = parameter.dim() > 1 and ".lora_" not in name
+            decays = parameter.dim() > 1 and name not in self.adapter_parameters
+            is_b = policy.lr_b != 1.0 and ".lora_B" in name
             group = groups.setdefault(
-                (rule, decays),
-                {"params": [], "names": [], "rule": rule, "lr": policy.lr,
+                (rule, decays, is_b),
+                {"params": [], "names": [], "rule": rule, "lr": policy.lr * (policy.lr_b if is_b else 1.0),
                  "weight_decay": policy.weight_decay if decays else 0.0},
             )  # fmt: skip
             group["params"].append(parameter)
             group["names"].append(name)
         return list(groups.values())
+
+    def targets(self) -> dict[str, Target]:
+        """Path of every adapted module -> what adapts it."""
+        return {path: target for adapter in self.adapters for path, target in adapter.targets.items()}
 
 
 def apply_plan(
@@ -74,12 +106,12 @@ def apply_plan(
     seed: int,
     new_tokens: NewTokens = NewTokens(),  # noqa: B008  frozen
 ) -> Plan:
-    """Freeze, unfreeze and inject adapters in place, then say what happened.
+    """Freeze, unfreeze, convert and inject adapters in place, then say what happened.
 
     new_tokens: what `models.vocabulary.add_tokens` gave the model; their rows must learn somehow.
-    Raises VlmtuneError for a parameter without a rule, a rule without a parameter, a plan that trains nothing, LoRA
-    where there is no linear module, parameters that can never receive a gradient if they are meant to train, new rows
-    that would stay frozen, and `new_rows` where there are none.
+    Raises VlmtuneError for a parameter without a rule, a rule without a parameter, a plan that trains nothing, a method
+    where there is no module for it, parameters that can never receive a gradient if they are meant to train, new rows
+    that would stay frozen, `new_rows` where there are none, and weights that are not stored as their rule says.
     """
     anatomy = anatomy_of(model)
     names = canonical_parameters(model)
@@ -90,38 +122,30 @@ def apply_plan(
     assignment = assign(rules, names)
     unreachable = unreachable_parameters(model)
     parts_with_new_rows = _parts_with_new_rows(assignment, new_tokens)
-
     _require_heads_train(assignment)
+    base = base_digest(names, assignment)
+    targets = find_targets(model, anatomy, assignment, unreachable)
+    _require_ranks_fit(model, targets)
+    adapters = build_adapters(targets, base_name)
 
-    targets: dict[str, LoraTarget] = {}
-    for path, module in model.named_modules():
-        if type(module) is not nn.Linear:
-            continue
-        name = canonical_name(anatomy, f"{path}.weight")
-        if name not in assignment or name in unreachable:
-            continue  # a tied head is the embedding's parameter
-        policy = assignment[name][1]
-        if policy.train == "lora":
-            limit = min(module.weight.shape)
-            if policy.rank > limit:
-                raise VlmtuneError(
-                    f"plan: rank {policy.rank} exceeds {path}'s smaller dimension {limit}; lower the rank."
-                )
-            targets[path] = LoraTarget(policy.rank, policy.alpha, policy.dropout)
-    rules_with_targets = {assignment[canonical_name(anatomy, f"{p}.weight")][0] for p in targets}
-    for pattern, policy in rules:
-        if policy.train == "lora" and pattern not in rules_with_targets:
-            raise VlmtuneError(f"plan: rule {pattern!r} asks for LoRA, but covers no linear module; use train: full.")
-
-    lora = inject_lora(model, targets, base_name, seed) if targets else None
+    _store(names, assignment)
+    draw_anew({n: p for n, p in names.items() if assignment[n][1].init == "xavier" and has_data(p)}, seed)
+    added = inject(model, adapters, seed)
     if parts_with_new_rows:
         split_new_rows(model, parts_with_new_rows, new_tokens)
+    brought = {canonical_name(anatomy, name) for name, _ in model.named_parameters()} - names.keys()
+    added = {canonical_name(anatomy, name) for name in added}
     after = canonical_parameters(model)
-    rule_of = {name: assignment[_adapted(name)][0] for name in after}
+    owners = {canonical_name(anatomy, f"{path}.x").removesuffix("x"): target.rule for path, target in
+              sorted(((t.path, t) for t in targets), key=lambda pair: -len(pair[0]))}  # fmt: skip
+    rule_of = {name: assignment[name][0] if name in assignment else _rule_of_new(name, owners, assignment)
+               for name in after}  # fmt: skip
     for name, parameter in after.items():  # after the injection: peft freezes everything but its adapter
         method = policies[rule_of[name]].train
         full = method == "full" and name not in unreachable
-        parameter.requires_grad_(full or ".lora_" in name or (method == "new_rows" and _is_new_row(name)))
+        parameter.requires_grad_(full or name in added or (method == "new_rows" and _is_new_row(name)))
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()  # what learns is kept in float32: bf16 loses small updates
     for pattern, policy in rules:
         mine = [p for name, p in after.items() if rule_of[name] == pattern]
         if policy.train != "frozen" and not any(p.requires_grad for p in mine):
@@ -133,10 +157,59 @@ def apply_plan(
         parameters=trainable,
         rule_of={name: rule_of[name] for name in trainable},
         policies=policies,
-        rows=_rows(after, rule_of, policies, unreachable, len(new_tokens)),
-        lora=lora,
+        rows=_rows(after, rule_of, policies, unreachable, len(new_tokens), targets),
+        adapters=adapters,
+        adapter_parameters=frozenset(brought - {name for name in after if _is_new_row(name)}),
         new_tokens=new_tokens,
+        base=base,
     )
+
+
+def base_digest(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Policy]]) -> dict[str, str]:
+    """part -> digest of its weights as the base model has them, a few numbers of each tensor.
+
+    What a rule keeps quantised is left out, so that a base and its quantised copy have one digest; read-outs are left
+    out because they are not the base's.
+    """
+    parts: dict[str, Any] = {}
+    for name, parameter in names.items():
+        part = part_of(name)
+        if part == "heads" or assignment[name][1].store in QUANTISED or not has_data(parameter):
+            continue
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 16)][:32].float().cpu()
+        digest = parts.setdefault(part, hashlib.sha256())
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(some.numpy().tobytes())
+    return {part: digest.hexdigest()[:16] for part, digest in parts.items()}
+
+
+def _store(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Policy]]) -> None:
+    """Put every base weight into the number format of its rule; what should be quantised must be so already."""
+    for name, parameter in names.items():
+        pattern, policy = assignment[name]
+        if is_quantised(parameter):
+            if policy.store != stored_as(parameter):
+                raise VlmtuneError(
+                    f"plan: {name} is stored as {stored_as(parameter)}, but rule {pattern!r} says {policy.store}; load "
+                    "the model with the storage of its rules."
+                )
+        elif policy.store == "bf16":
+            parameter.data = parameter.data.bfloat16()
+        elif parameter.is_floating_point() and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def _require_ranks_fit(model: nn.Module, targets: list[Target]) -> None:
+    for target in targets:
+        if target.policy.train != "lora":
+            continue
+        module = model.get_submodule(target.path)
+        limit = min(module.in_features, module.out_features)
+        if rank_of(target) > limit:
+            raise VlmtuneError(
+                f"plan: rank {rank_of(target)} exceeds {target.path}'s smaller dimension {limit}; lower the rank."
+            )
 
 
 def _require_heads_train(assignment: dict[str, tuple[str, Policy]]) -> None:
@@ -149,10 +222,14 @@ def _require_heads_train(assignment: dict[str, tuple[str, Policy]]) -> None:
             )
 
 
-def _adapted(name: str) -> str:
-    """The parameter that an adapter's tensor or new rows belong to, whose rule they follow; else the name itself."""
-    module, lora, _ = name.partition(".lora_")
-    return f"{module}.weight" if lora else name.replace(f".{NEW_ROWS}.", ".")
+def _rule_of_new(name: str, owners: dict[str, str], assignment: dict[str, tuple[str, Policy]]) -> str:
+    """The rule of a parameter that the base model does not have: that of the module it belongs to.
+
+    owners: prefix of canonical names below an adapted module -> its rule, inner modules first.
+    """
+    if _is_new_row(name):
+        return assignment[name.replace(f".{NEW_ROWS}.", ".")][0]
+    return next(rule for prefix, rule in owners.items() if name.startswith(prefix))
 
 
 def _is_new_row(name: str) -> bool:
@@ -186,67 +263,50 @@ def _rows(
     policies: dict[str, Policy],
     unreachable: set[str],
     new_tokens: int,
+    targets: list[Target],
 ) -> list[dict]:
     """One row per (part, rule): the assignment table of the console, assignment.json and the run page."""
     rows: dict[tuple[str, str], dict] = {}
     for name, parameter in names.items():
-        part, rule = name.split(".")[0], rule_of[name]
+        part, rule = part_of(name), rule_of[name]
         policy = policies[rule]
-        sizes = {"lora": f" r{policy.rank} α{policy.alpha:g}", "new_rows": f" {new_tokens}"}
-        method = policy.train + sizes.get(policy.train, "")
         row = rows.setdefault(
             (part, rule),
-            {"part": part, "rule": rule, "method": method, "tensors": 0, "parameters": 0, "trainable": 0,
+            {"part": part, "rule": rule, "method": _described(policy, new_tokens), "store": policy.store,
+             "modules": sum(target.rule == rule for target in targets),
+             "tensors": 0, "parameters": 0, "trainable": 0,
              "lr": None, "weight_decay": None, "unreachable": 0, "examples": []},
         )  # fmt: skip
         row["tensors"] += 1
-        row["parameters"] += parameter.numel()
+        row["parameters"] += size_of(parameter)
         row["unreachable"] += name in unreachable
         if parameter.requires_grad:
             row["trainable"] += parameter.numel()
-            row["lr"], row["weight_decay"] = policy.lr, 0.0 if policy.train == "lora" else policy.weight_decay
+            row["lr"] = policy.lr
+            row["weight_decay"] = 0.0 if policy.train in ADAPTED else policy.weight_decay
             if len(row["examples"]) < 2:
                 row["examples"].append(name)
     return list(rows.values())
 
 
-def trained_state(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(fully trained tensors by canonical name, adapter tensors by peft name): all that differs from the base.
-
-    Buffers of modules that train (BatchNorm statistics) belong to the first. Raises VlmtuneError if the two do not
-    add up to exactly the trainable parameters (PAINS 4, 7).
-    """
-    full = {name: p.detach() for name, p in plan.parameters.items() if ".lora_" not in name}
-    adapter = adapter_state(model)
-    if len(full) + len(adapter) != len(plan.parameters):
-        raise VlmtuneError(
-            f"checkpoint: {len(full)} full and {len(adapter)} adapter tensors do not add up to the "
-            f"{len(plan.parameters)} trainable ones; this is a bug, please report the plan."
-        )
-    return full | trained_buffers(model), adapter
+def size_of(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter; a packed 4-bit weight counts what it stands for."""
+    return parameter.quant_state.shape.numel() if stored_as(parameter) == "nf4" else parameter.numel()
 
 
-def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Persistent buffers of modules with a trainable parameter of their own, as `buffer:<name>`."""
-    persistent = model.state_dict().keys()
-    return {
-        f"buffer:{path}.{leaf}": buffer
-        for path, module in model.named_modules()
-        if any(p.requires_grad for p in module.parameters(recurse=False))
-        for leaf, buffer in module.named_buffers(recurse=False)
-        if f"{path}.{leaf}" in persistent
-    }
-
-
-def load_trained(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy fully trained tensors back. Missing, unexpected or misshapen ones are errors naming `where`."""
-    current = {name: p for name, p in plan.parameters.items() if ".lora_" not in name} | trained_buffers(model)
-    if set(current) != set(tensors):
-        odd = sorted(set(current) ^ set(tensors))
-        raise VlmtuneError(f"{where}: stored tensors do not fit the plan, for example {odd[0]}; was the plan changed?")
-    for name, value in tensors.items():
-        if current[name].shape != value.shape:
-            raise VlmtuneError(
-                f"{where}: {name} has shape {tuple(value.shape)}, the plan {tuple(current[name].shape)}."
-            )
-        current[name].data.copy_(value)
+def _described(policy: Policy, new_tokens: int) -> str:
+    """The method of a rule with what tells it from others, for the table."""
+    options = " ".join(f"{key}={value}" for key, value in policy.options.items())
+    match policy.train:
+        case "lora" if isinstance(policy.rank, int):
+            text = f"lora r{policy.rank} α{2.0 * policy.rank if policy.alpha is None else policy.alpha:g}"
+        case "lora":
+            alpha = "2r" if policy.alpha is None else f"{policy.alpha:g}"
+            text = "lora " + " ".join(f"{kind}:r{rank}" for kind, rank in policy.rank.items()) + f" α{alpha}"
+        case "new_rows":
+            text = f"new_rows {new_tokens}"
+        case "peft":
+            text = policy.method
+        case _:
+            text = policy.train
+    return f"{text} {options}".rstrip()

@@ -113,14 +113,51 @@ _PEFT_WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 """Modules peft puts around the original one: they vanish from canonical names."""
 
 _PEFT_CONTAINERS = (
-    "modules_to_save", "bottleneck_",
+    "modules_to_save", "bottleneck_", "crossmodal_", "prefixkv_",
     "adamss_", "beft_", "boft_", "c3a_", "deft_", "delora_", "fourierft_", "frod_", "glora_", "gralora_", "hada_",
     "hira_", "hra_", "ia3_", "lily_", "ln_tuning_", "lokr_", "lora_", "miss_", "oft_", "osf_", "peanut_", "poly_",
     "psoft_", "pvera_", "randlora_", "road_", "shira_", "supertuning_", "tinylora_", "trainable_tokens_", "unilora_",
     "vblora_", "vera_", "waveft_",
 )  # fmt: skip
-"""What the names of dictionaries keyed by adapter name begin with (peft 0.21 and our bottleneck): the component after
+"""What the names of dictionaries keyed by adapter name begin with (peft 0.21 and our own tuners): the component after
 one of them is an adapter's name and vanishes from canonical names."""
+
+
+LINEAR_ROLES: dict[str, str] = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o", "projection_layer": "o",
+    "qkv": "qkv", "proj": "o",
+    "gate_proj": "gate", "up_proj": "up", "fc1": "up", "linear_fc1": "up",
+    "down_proj": "down", "fc2": "down", "linear_fc2": "down",
+}  # fmt: skip
+"""Name of a linear module inside a block -> what it does there, in every family above."""
+
+RANK_KINDS: dict[str, tuple[str, ...]] = {
+    "qk": ("q", "k", "qkv"),
+    "vo": ("v", "o"),
+    "up": ("gate", "up"),
+    "down": ("down",),
+    "cross": ("cross",),
+    "other": ("other",),
+}
+"""The kinds of linear modules that a rule may give ranks by (SPEC C2), and the roles in each. A fused qkv counts as qk."""
+
+
+def linear_role(path: str) -> str:
+    """One of "q", "k", "v", "qkv", "o", "gate", "up", "down" or "cross" (any of a cross-attention); else "other".
+
+    path: of a linear module, canonical or the model's own. Outside of blocks there are no roles.
+    """
+    *parents, leaf = path.split(".")
+    if any(parent.startswith(("cross_attn", "cross_attention", "crossattention")) for parent in parents):
+        return "cross"
+    in_block = any(parent in ("layers", "layer", "blocks") for parent in parents)
+    return LINEAR_ROLES.get(leaf, "other") if in_block else "other"
+
+
+def rank_kind(path: str) -> str:
+    """The one of RANK_KINDS that a linear module belongs to."""
+    role = linear_role(path)
+    return next(kind for kind, roles in RANK_KINDS.items() if role in roles)
 
 
 def supported_model_types() -> tuple[str, ...]:

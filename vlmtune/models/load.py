@@ -11,9 +11,12 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -27,6 +30,13 @@ from transformers.utils import logging as transformers_logging
 
 import vlmtune.models.efficientnet  # noqa: F401  registers the tower of the embedded model with AutoConfig
 from vlmtune.models.anatomy import require_supported
+from vlmtune.models.quantise import (
+    Quantisation,
+    as_plain_model,
+    guard_gradients,
+    quantisation_config,
+    require_quantised,
+)
 from vlmtune.types import VlmtuneError
 
 PROCESSOR_FILES = (
@@ -42,16 +52,23 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     *,
+    quantisation: Quantisation | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in a folder or on the Hub, in eval mode on the CPU, as `from_pretrained` gives it.
 
-    attention: an `attn_implementation` of transformers ("sdpa", "eager", or a registered one).
+    attention: an `attn_implementation` of transformers ("sdpa", "eager", or a registered one). quantisation: modules
+    that are quantised while they are read (on the GPU where there is one).
     Raises VlmtuneError when there is no such model, its family has no anatomy, or weights are missing in the files
     (transformers would only warn and initialise them at random).
     """
     _require_files(path_or_name, (("config.json",),), "model", "pass the folder that save_pretrained wrote")
     require_supported(_model_type(path_or_name), f"the model {path_or_name!r}")
+    how: dict[str, Any] = {}
+    if quantisation is not None:
+        linear = [path for path, module in meta_model(path_or_name).named_modules() if isinstance(module, nn.Linear)]
+        how["quantization_config"] = quantisation_config(quantisation, linear)
+        how["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             path_or_name,
@@ -59,6 +76,7 @@ def load_model(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **how,
         )
     except OSError as error:
         raise VlmtuneError(f"the weights of {path_or_name!r} cannot be read ({_first_line(error)}).") from error
@@ -68,7 +86,27 @@ def load_model(
             f"{path_or_name!r} lacks {len(missing)} weights its config.json calls for (first: {missing[0]}), "
             "which would be random: take the complete folder, or the config.json that belongs to it."
         )
+    if quantisation is not None:
+        require_quantised(model, quantisation)
+        guard_gradients(model)
+        as_plain_model(model)
     return model
+
+
+def meta_model(path_or_name: str) -> PreTrainedModel:
+    """The model of a config.json without weights: every parameter is on the meta device."""
+    _require_files(path_or_name, (("config.json",),), "model", "pass the folder that save_pretrained wrote")
+    require_supported(_model_type(path_or_name), f"the model {path_or_name!r}")
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path_or_name))
+
+
+def stored_dtype(path_or_name: str) -> torch.dtype:
+    """The number format that a model's config.json names for its weights; float32 where it names none."""
+    config = PreTrainedConfig.get_config_dict(path_or_name)[0]
+    name = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    dtype = getattr(torch, str(name).removeprefix("torch."), torch.float32) if name else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def load_processor(path_or_name: str) -> ProcessorMixin:

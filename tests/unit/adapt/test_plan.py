@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from training_setup import encode_all, encoder_of, full_rules, lora_rules, make_trainer, micro_batches, write_data
 
-from vlmtune.adapt.library import load_adapter, save_adapter
-from vlmtune.adapt.plan import Policy, apply_plan, load_trained, trained_state
+from vlmtune.adapt.plan import Policy, apply_plan
+from vlmtune.adapt.state import load_adapters, load_trained, save_adapters, trained_state
 from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, part_of, unreachable_parameters
 from vlmtune.models.load import load_model
 from vlmtune.optim.optimizer import build_adamw, set_learning_rates
@@ -135,10 +135,6 @@ def test_seed_decides_the_adapter_and_nothing_else(llava, tiny_folder):
         ([("langauge", Policy("full")), ("*", FROZEN)], r"'langauge' covers nothing \(did you mean 'language'\?\)"),
         ([("*", Policy("full")), ("vision", FROZEN)], r"'vision' comes after rules that already cover"),
         ([("language", Policy("lora")), ("language", Policy("full")), ("*", FROZEN)], r"two rules for 'language'"),
-        (
-            [("language.layers[0:2]", Policy("lora", dropout=0.1)), ("language", Policy("lora")), ("*", FROZEN)],
-            r"different dropout",
-        ),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(f"{p}:{r.train}" for p, r in value),
 )
@@ -207,7 +203,8 @@ def test_the_schedule_scales_every_rule_from_its_own_peak(llava):
 
 def test_saved_is_what_trains(model):
     plan = apply_plan(model, lora_rules(model), "base", seed=0)
-    full, adapter = trained_state(model, plan)
+    full, adapters = trained_state(model, plan)
+    (adapter,) = adapters.values()
     assert len(full) + len(adapter) == len(plan.parameters)
     saved = {t.data_ptr() for t in (*full.values(), *adapter.values())}
     assert saved == {p.data_ptr() for p in plan.parameters.values()}
@@ -216,10 +213,14 @@ def test_saved_is_what_trains(model):
 def test_saving_something_else_than_what_trains_is_refused(llava):
     """A parameter that trains, but is not saved, is the worst bug a trainer can have (PAINS 4, 7)."""
     plan = apply_plan(llava, lora_rules(llava), "base", seed=0)
-    lost = dict(plan.parameters)
-    lost.pop("language.layers.0.self_attn.q_proj.lora_A.weight")
-    with pytest.raises(VlmtuneError, match="do not add up"):
-        trained_state(llava, dataclasses.replace(plan, parameters=lost))
+    name = "language.layers.0.self_attn.q_proj.weight"
+    more = plan.parameters | {name: canonical_parameters(llava)[name]}
+    lost = dataclasses.replace(plan, parameters=more, adapter_parameters=plan.adapter_parameters | {name})
+    with pytest.raises(VlmtuneError, match=f"{name} trains, but 0 saved tensors hold it"):
+        trained_state(llava, lost)
+    twice = dataclasses.replace(plan, adapter_parameters=frozenset())
+    with pytest.raises(VlmtuneError, match="trains, but 2 saved tensors hold it"):
+        trained_state(llava, twice)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
@@ -241,8 +242,7 @@ def test_the_adapter_loads_with_plain_peft(family, model, tiny_folder, tmp_path)
         for parameter in plan.parameters.values():
             parameter.normal_(std=0.1)
         ours = model.eval()(**batch.inputs).logits
-    _, adapter = trained_state(model, plan)
-    save_adapter(adapter, plan.lora, tmp_path / "adapter")
+    save_adapters(trained_state(model, plan)[1], plan, tmp_path / "adapter")
     described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == str(folder) and described["peft_type"] == "LORA"
 
@@ -256,15 +256,15 @@ def test_the_adapter_loads_with_plain_peft(family, model, tiny_folder, tmp_path)
 
 def test_an_adapter_of_another_plan_is_refused(llava, tiny_folder, tmp_path):
     plan = apply_plan(llava, lora_rules(llava), "base", seed=0)
-    save_adapter(trained_state(llava, plan)[1], plan.lora, tmp_path / "adapter")
+    save_adapters(trained_state(llava, plan)[1], plan, tmp_path / "adapter")
     wider, fewer = load_model(str(tiny_folder("llava"))), load_model(str(tiny_folder("llava")))
-    apply_plan(wider, lora_rules(wider, rank=8), "base", seed=0)
+    other = apply_plan(wider, lora_rules(wider, rank=8), "base", seed=0)
     with pytest.raises(VlmtuneError, match="another shape .* rank"):
-        load_adapter(wider, tmp_path / "adapter")
+        load_adapters(wider, other, tmp_path / "adapter")
     rules = [("language.layers[0:2]", Policy("lora", rank=4)), ("*", FROZEN)]
-    apply_plan(fewer, rules, "base", seed=0)
+    other = apply_plan(fewer, rules, "base", seed=0)
     with pytest.raises(VlmtuneError, match="do not fit the plan"):
-        load_adapter(fewer, tmp_path / "adapter")
+        load_adapters(fewer, other, tmp_path / "adapter")
 
 
 def test_fully_trained_tensors_of_another_plan_are_refused(llava):
