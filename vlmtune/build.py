@@ -34,7 +34,7 @@ from vlmtune.models.embedded import embedded_digest, write_embedded, write_untra
 from vlmtune.models.load import load_model, load_processor, meta_model, stored_dtype
 from vlmtune.models.readouts import attach_readouts, readouts_of
 from vlmtune.models.vocabulary import NewTokens, add_tokens
-from vlmtune.optim.optimizer import build_adamw
+from vlmtune.optim.optimizer import build_adamw, usable_here
 from vlmtune.optim.precision import resolve_precision
 from vlmtune.schedule import Length, Piecewise, combined, cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings
@@ -87,7 +87,7 @@ class Base:
 
 
 def load_base(config: Config, as_stored: bool = True) -> Base:
-    """The base of a config. as_stored: keep its weights as the rules of the plan say; False: in float32, all of them."""
+    """The base of a config. as_stored: weights in the formats that the rules say; False: all of them in float32."""
     path = resolve_model(config.model)
     processor = load_processor(path)
     remark = set_template(processor, config.data.template)
@@ -411,7 +411,8 @@ def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequen
 
 def build_optimizer(config: Config, plan: Plan, objective: Objective) -> torch.optim.Optimizer:
     groups = plan.optimizer_groups() + objective.optimizer_groups(config.loss.balance.lr or 0.025)
-    return build_adamw(groups, config.optim.betas, config.optim.eps, config.optim.name)
+    name, _ = usable_here(config.optim.name, best_device())
+    return build_adamw(groups, config.optim.betas, config.optim.eps, name)
 
 
 def step_loader(steps: Steps, workers: int):

@@ -157,6 +157,20 @@ def load_checkpoint(
     return TrainState(**described["state"])
 
 
+def copy_weights(checkpoint: Path, folder: Path) -> None:
+    """A checkpoint without what only a resume needs: the states of optimizer, loss and random generators."""
+    described = read_state(checkpoint)
+    _verify(checkpoint, described)
+    for_resume = ("optimizer.safetensors", "objective.safetensors")
+    described["files"] = {name: digest for name, digest in described["files"].items() if name not in for_resume}
+    for name in described["files"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint / name, folder / name)
+    described["rng"] = {}
+    described["checksum"] = _checksum(described)
+    (folder / "state.json").write_text(json.dumps(described, indent=1))
+
+
 def _new_tokens(plan: Plan) -> dict:
     """Which token each trained row belongs to: the tokenizer itself lies with the base model."""
     return {"first": plan.new_tokens.first, "texts": list(plan.new_tokens.texts)}

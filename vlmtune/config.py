@@ -514,7 +514,8 @@ def _fields_at(location: tuple) -> list[str]:
     """Field names of the model at a place in the tree."""
     places: dict[tuple, type[BaseModel]] = {
         (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
-        ("quantise",): Quantise, ("checkpoint",): Checkpoint, ("evaluate",): Evaluate, ("data", "train"): Source, ("data", "eval"): Source,
+        ("quantise",): Quantise, ("checkpoint",): Checkpoint, ("evaluate",): Evaluate,
+        ("data", "train"): Source, ("data", "eval"): Source,
         ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
         ("data", "train", "negatives"): Negatives,
         ("loss", "box"): BoxTerm, ("loss", "referring"): ReferringTerm, ("loss", "exposure"): ExposureTerm,

@@ -14,14 +14,17 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from vlmtune import __version__
-from vlmtune.adapt.plan import apply_plan
+from vlmtune.adapt.plan import Plan, apply_plan
+from vlmtune.adapt.serving import serving_notes
 from vlmtune.build import (
+    best_device,
     build_encoder,
     build_eval_groups,
     build_optimizer,
@@ -42,20 +45,25 @@ from vlmtune.build import (
 )
 from vlmtune.build_loss import build_objective
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
+from vlmtune.checks.before import initial_findings
 from vlmtune.config import Config, differing_keys, dump_config, load_config
+from vlmtune.data.batch import collate
+from vlmtune.data.encode import Encoder
 from vlmtune.data.loader import Steps
 from vlmtune.data.sampling import TemperatureOrder
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
+from vlmtune.models.quantise import place
 from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
-from vlmtune.optim.precision import resolve_precision
+from vlmtune.optim.optimizer import usable_here
+from vlmtune.optim.precision import autocast, resolve_precision
 from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
 from vlmtune.paths import require_folder
 from vlmtune.trainer import Trainer
-from vlmtune.types import VlmtuneError
+from vlmtune.types import Finding, Sample, VlmtuneError
 from vlmtune.view import histograms, token_view
 
 KEYS_NAMED = 4  # of two configs that differ
@@ -75,7 +83,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     checkpoint = prepare_folder(config, fingerprint, restart)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     torch.manual_seed(config.train.seed)
 
     base = load_base(config)
@@ -86,7 +94,9 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     groups = build_eval_groups(config)
     for line in describe_sources(sources, groups):
         console.print(f"data: {line}", highlight=False, markup=False)
-    for line in [*([base.remark] if base.remark else []), *remarks_on_prompts(config, encoder)]:
+    optimizer_remark = usable_here(config.optim.name, device)[1]
+    remarks = [remark for remark in (base.remark, optimizer_remark) if remark]
+    for line in [*remarks, *remarks_on_prompts(config, encoder)]:
         console.print(f"note: {line}", highlight=False, markup=False)
     if base.new_tokens:
         console.print(describe_new_tokens(base), highlight=False, markup=False)
@@ -102,7 +112,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     objective = build_objective(config, sources, plan, encoder)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    model.to(device)
+    place(model, device)
 
     changed = {
         name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -126,6 +136,10 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         histograms(config, fitted),
     )
     console.print(assignment_table(plan.rows))
+    findings = check_start(model, plan, encoder, [sources[s][row] for s, row in first[:1]], precision)
+    write_text(folder / "start.json", json.dumps([finding.__dict__ for finding in findings], indent=1))
+    for line in [*describe_findings(findings), *(f"use it: {note}" for note in serving_notes(model, plan))]:
+        console.print(line, highlight=False, markup=False)
     console.print(loss_table(objective, [encoder.encode(sources[s][row]) for s, row in loss_samples(steps)]))
     console.print(
         f"{settings.total_steps} steps of {config.train.batch_size} samples "
@@ -190,6 +204,30 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         console.print(metrics_table(summary["metrics"]))
     console.print(f"trained {state.step} steps in {duration(state.seconds)}; report: {page}", highlight=False)
     return summary
+
+
+def check_start(
+    model: torch.nn.Module, plan: Plan, encoder: Encoder, samples: list[Sample], precision: Literal["bf16", "fp32"]
+) -> list[Finding]:
+    """How everything that learns begins (SPEC D6). Raises VlmtuneError for the first finding that fails."""
+    batch = collate([encoder.encode(sample) for sample in samples], encoder.pad_token_id).to(model.device)
+    rng = torch.get_rng_state()
+    with autocast(precision, model.device):
+        findings = initial_findings(model, plan, len(encoder.processor.tokenizer), batch.inputs)
+    torch.set_rng_state(rng)
+    for finding in findings:
+        if finding.level == "fail":
+            raise VlmtuneError(f"start: {finding.what}: no, {finding.evidence}; {finding.remedy}.")
+    return findings
+
+
+def describe_findings(findings: list[Finding]) -> list[str]:
+    """One line each."""
+    return [
+        f"start: {finding.level}: {finding.what}: {finding.evidence}"
+        + (f"; {finding.remedy}" if finding.remedy else "")
+        for finding in findings
+    ]
 
 
 def prepare_folder(config: Config, fingerprint: str, restart: bool) -> Path | None:

@@ -12,9 +12,10 @@ from training_setup import encode_all, encoder_of, micro_batches
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmtune.config import load_config
+from vlmtune.export import export_run
 from vlmtune.run import train
 from vlmtune.types import VlmtuneError
-from vlmtune.use import export_run, load_run
+from vlmtune.use import load_run
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_an_export_that_changes_nothing_is_refused(trained_run, quiet, tmp_path)
 
 def test_a_reload_that_differs_is_refused(trained_run, quiet, tmp_path, monkeypatch):
     """Merging goes wrong (here: twice too strong): the reloaded logits differ and nothing is left behind."""
-    import vlmtune.use
+    import vlmtune.export
 
     def too_strong(model) -> int:
         for name, parameter in model.named_parameters():
@@ -97,8 +98,8 @@ def test_a_reload_that_differs_is_refused(trained_run, quiet, tmp_path, monkeypa
                 parameter.data.mul_(2)
         return merge(model)
 
-    merge = vlmtune.use.merge_adapters
-    monkeypatch.setattr(vlmtune.use, "merge_adapters", too_strong)
+    merge = vlmtune.export.merge_adapters
+    monkeypatch.setattr(vlmtune.export, "merge_adapters", too_strong)
     with pytest.raises(VlmtuneError, match="logits differ from the trained ones"):
         export_run(trained_run, "latest", tmp_path / "exported", quiet)
     assert not (tmp_path / "exported").exists() and list(tmp_path.glob(".exported*")) == []

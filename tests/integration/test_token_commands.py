@@ -14,9 +14,10 @@ from training_setup import encode_all, encoder_of, micro_batches, png
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmtune.config import load_config
+from vlmtune.export import export_run
 from vlmtune.run import train
 from vlmtune.types import VlmtuneError
-from vlmtune.use import evaluate_run, export_run, load_run
+from vlmtune.use import evaluate_run, load_run
 
 BOX = (4.0, 12.0, 30.0, 44.0)
 PLAN = [

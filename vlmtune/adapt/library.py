@@ -146,7 +146,7 @@ def merge_adapters(model: nn.Module) -> int:
 
 
 def require_mergeable(layer: BaseTunerLayer, path: str) -> None:
-    """Raises VlmtuneError for an adapter around a whole sub-layer (it is no weight), and for a quantised base weight."""
+    """Raises VlmtuneError for an adapter around a whole sub-layer (it is no weight), and a quantised base weight."""
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear):
         raise VlmtuneError(

@@ -1,7 +1,8 @@
 """Which modules a method adapts, and the config that peft gets for them (SPEC C1-C5).
 
 Rules are written over parameters; a method adapts modules: linear layers (LoRA, IA3, whatever peft offers), whole
-attention and feed-forward sub-layers (bottleneck and cross-modal adapters), or the attention of decoder blocks (prefixes).
+attention and feed-forward sub-layers (bottleneck and cross-modal adapters), or the attention of decoder blocks
+(prefixes).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _GIVEN_BY_US = frozenset({
     "inference_mode", "revision", "auto_mapping", "peft_version", "target_parameters", "trainable_token_indices",
     "feedforward_modules", "ensure_weight_tying",
 })  # fmt: skip
-"""Fields of peft's configs that follow from the rule; they are no `options`. Other methods than LoRA have their own r."""
+"""Fields of peft's configs that follow from the rule; they are no `options`. Other methods than LoRA have an r there."""
 
 _NEEDS_DATA = {"eva", "corda", "loftq", "lora_ga"}
 _NOT_INJECTED = {
@@ -69,7 +70,7 @@ class Adapter:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer that can be adapted, quantised or not. The output of torch's own attention is read past forward."""
+    """A linear layer that can be adapted, quantised or not. torch's own attention reads its output past forward."""
     return isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
 
 
@@ -128,9 +129,7 @@ def _linear_targets(
             yield Target(path, rule, policy)
 
 
-def _sublayers(
-    model: nn.Module, anatomy: Anatomy, assignment: Mapping[str, tuple[str, Policy]]
-) -> Iterator[Target]:
+def _sublayers(model: nn.Module, anatomy: Anatomy, assignment: Mapping[str, tuple[str, Policy]]) -> Iterator[Target]:
     """Sub-layers of blocks whose parameters all have one rule, where its method goes around or into sub-layers."""
     for blocks in (anatomy.vision_layers, anatomy.language_layers):
         in_decoder = blocks == anatomy.language_layers

@@ -32,10 +32,10 @@ class Policy:
     """The value of a rule. Defaults are already filled in.
 
     train: "adapter" is a bottleneck adapter, "peft" any other method of peft, named by `method`. rank: of LoRA, one
-    number or kind of linear module (`models.anatomy.LinearKind`) -> number; alpha: None for 2 x rank. options: further
+    number, or kind of linear module (`models.anatomy.RANK_KINDS`) -> number. alpha: None for 2 x rank. options: further
     fields of the method's own config class (peft's LoraConfig, IA3Config, …, our BottleneckConfig, …). store: number
-    format in which the base weights are kept. init: "xavier" draws the covered matrices anew. lr_b: factor on the learning rate of LoRA's B
-    (LoRA+, Hayou et al. 2024).
+    format in which the base weights are kept. init: "xavier" draws the covered matrices anew. lr_b: factor on the
+    learning rate of LoRA's B (LoRA+, Hayou et al. 2024).
     """
 
     train: Literal["frozen", "full", "lora", "ia3", "adapter", "cross_modal", "prefix", "peft", "new_rows"]

@@ -139,7 +139,7 @@ RANK_KINDS: dict[str, tuple[str, ...]] = {
     "cross": ("cross",),
     "other": ("other",),
 }
-"""The kinds of linear modules that a rule may give ranks by (SPEC C2), and the roles in each. A fused qkv counts as qk."""
+"""The kinds of linear modules that a rule may give ranks by (SPEC C2), and their roles. A fused qkv counts as qk."""
 
 
 def linear_role(path: str) -> str:

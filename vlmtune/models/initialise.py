@@ -1,4 +1,4 @@
-"""How what is new begins (SPEC D6): projectors that are drawn anew. Rows of new tokens: `vocabulary`; adapters: peft."""
+"""How what is drawn anew begins (SPEC D6). Rows of new tokens: `vocabulary`; adapters: peft and ours."""
 
 from __future__ import annotations
 

@@ -74,7 +74,9 @@ def require_bitsandbytes(what: str) -> None:
     try:
         metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError as error:
-        raise VlmtuneError(f'{what} needs bitsandbytes, which is not installed: pip install "vlmtune[qlora]".') from error
+        raise VlmtuneError(
+            f'{what} needs bitsandbytes, which is not installed: pip install "vlmtune[qlora]".'
+        ) from error
 
 
 def guard_gradients(model: nn.Module) -> None:
@@ -119,6 +121,16 @@ def as_plain_model(model: nn.Module) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move a model in place. What is quantised was put on its device when it was loaded, and stays there."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not is_quantised(parameter):
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def stored_bytes(module: nn.Module) -> tuple[int, int]:

@@ -24,7 +24,9 @@ def usable_here(name: OptimizerName, device: torch.device) -> tuple[OptimizerNam
     Paging moves state between a GPU and the host; on a CPU there is nothing to move.
     """
     if name in _UNPAGED and device.type != "cuda":
-        return _UNPAGED[name], f"optim.name: {name} needs CUDA and this runs on {device.type}: {_UNPAGED[name]} is used."
+        return _UNPAGED[
+            name
+        ], f"optim.name: {name} needs CUDA, this is {device.type}: {_UNPAGED[name]} is used."
     return name, None
 
 
@@ -47,7 +49,11 @@ def build_adamw(
         ) from error
     from bitsandbytes import optim
 
-    kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW32bit, "paged_adamw8bit": optim.PagedAdamW8bit}
+    kinds = {
+        "adamw8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW32bit,
+        "paged_adamw8bit": optim.PagedAdamW8bit,
+    }
     return kinds[name](groups, betas=betas, eps=eps)
 
 
@@ -104,7 +110,9 @@ def _fill_bitsandbytes(
     fresh = optimizer.state[parameter]
     tensors = {key for key, value in fresh.items() if isinstance(value, Tensor) and not key.startswith("qmap")}
     if state.keys() != tensors | {"step"} or any(fresh[key].shape != state[key].shape for key in tensors):
-        raise VlmtuneError(f"optimizer state with {', '.join(sorted(state))} is not this one's; was optim.name changed?")
+        raise VlmtuneError(
+            f"optimizer state with {', '.join(sorted(state))} is not this one's; was optim.name changed?"
+        )
     for key in tensors:
         fresh[key].copy_(state[key])
     fresh["step"] = int(state["step"])
