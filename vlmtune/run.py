@@ -353,13 +353,13 @@ def _processor() -> str:
 
 def assignment_table(rows: list[dict]) -> Table:
     table = Table(title="what trains, and how", title_justify="left")
-    for name in ("part", "rule", "method", "tensors", "parameters", "trainable", "lr", "weight decay"):
+    for name in ("part", "rule", "method", "modules", "tensors", "parameters", "trainable", "lr", "weight decay"):
         table.add_column(name, justify="left" if name in ("part", "rule", "method") else "right")
     for row in rows:
-        sizes = [f"{row[name]:,}" for name in ("tensors", "parameters", "trainable")]
+        sizes = [f"{row[name]:,}" for name in ("modules", "tensors", "parameters", "trainable")]
         rates = ["" if row[name] is None else f"{row[name]:g}" for name in ("lr", "weight_decay")]
         table.add_row(row["part"], row["rule"], row["method"], *sizes, *rates)
     total, trainable = sum(r["parameters"] for r in rows), sum(r["trainable"] for r in rows)
     table.add_section()
-    table.add_row("all", "", "", "", f"{total:,}", f"{trainable:,}", "", "")
+    table.add_row("all", "", "", "", "", f"{total:,}", f"{trainable:,}", "", "")
     return table

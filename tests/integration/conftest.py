@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from training_setup import write_data
 
 from vlmtune import cli
@@ -47,6 +48,13 @@ def write_config(tiny_folder, rows, tmp_path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def quiet():
+    """A console that prints nowhere."""
+    with open("/dev/null", "w") as nowhere:
+        yield Console(file=nowhere)
 
 
 @pytest.fixture

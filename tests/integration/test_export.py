@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from training_setup import encode_all, encoder_of, micro_batches
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -16,12 +15,6 @@ from vlmtune.export import export_run
 from vlmtune.run import train
 from vlmtune.types import VlmtuneError
 from vlmtune.use import load_run
-
-
-@pytest.fixture
-def quiet():
-    with open("/dev/null", "w") as nowhere:
-        yield Console(file=nowhere)
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ def test_every_complaint_comes_at_once():
         "unknown key data.train.0.paht (did you mean path?)",
         "data.train.1: scenes need a task",
         "data.max_length: input should be greater than or equal to 8 (got 3)",
-        "plan.0.train: input should be 'frozen', 'full', 'lora' or 'new_rows' (got 'frozn')",
+        "plan.0.train: input should be 'frozen', 'full', 'lora', 'ia3', 'adapter', 'cross_modal', 'prefix', 'peft' or "
+        "'new_rows' (got 'frozn')",
         "plan.1: rank only mean something with train: lora",
         "optim.lr: input should be greater than 0 (got -1)",
         "optim.warmup: length 'a while': write a number of steps",
@@ -61,7 +62,7 @@ def test_every_complaint_comes_at_once():
 
 
 def test_a_key_like_no_other_lists_the_known_ones():
-    assert "unknown key optim.zzz (known: lr, weight_decay, betas" in complaint(SMALL | {"optim": {"zzz": 1}})
+    assert "unknown key optim.zzz (known: name, lr, weight_decay, betas" in complaint(SMALL | {"optim": {"zzz": 1}})
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def inject(model: nn.Module, adapters: list[Adapter], seed: int) -> set[str]:
         known = {id(parameter) for parameter in model.parameters()}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several adapters are meant
+            warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # merging unties it
             torch.manual_seed(seed)
             try:
                 inject_adapter_in_model(adapter.config, model, adapter.name)
@@ -140,9 +141,22 @@ def merge_adapters(model: nn.Module) -> int:
     layers = tuner_layers(model)
     for path, layer in layers:
         require_mergeable(layer, path)
+    _untie_adapted_head(model)
     for path, layer in layers:
         _merge(model, path, layer)
     return len(layers)
+
+
+def _untie_adapted_head(model: nn.Module) -> None:
+    """Give a tied head that has an adapter a weight of its own: merged into the shared one, it would change the
+    embedding too."""
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, BaseTunerLayer) or head.get_base_layer().weight is not embed.weight:
+        return
+    base = head.get_base_layer()
+    base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def require_mergeable(layer: BaseTunerLayer, path: str) -> None:

@@ -39,7 +39,7 @@ _GIVEN_BY_US = frozenset({
     "inference_mode", "revision", "auto_mapping", "peft_version", "target_parameters", "trainable_token_indices",
     "feedforward_modules", "ensure_weight_tying",
 })  # fmt: skip
-"""Fields of peft's configs that follow from the rule; they are no `options`. Other methods than LoRA have an r there."""
+"""Fields of peft's configs that follow from the rule and are no `options`. Methods other than LoRA have an r there."""
 
 _NEEDS_DATA = {"eva", "corda", "loftq", "lora_ga"}
 _NOT_INJECTED = {

@@ -23,7 +23,7 @@ from vlmtune.models.anatomy import (
 from vlmtune.models.initialise import draw_anew
 from vlmtune.models.quantise import QUANTISED, has_data, is_quantised, stored_as
 from vlmtune.models.vocabulary import NewTokens
-from vlmtune.rules import assign
+from vlmtune.rules import assign, compile_pattern
 from vlmtune.types import VlmtuneError
 
 
@@ -119,9 +119,15 @@ def apply_plan(
     if len(policies) < len(rules):
         twice = next(pattern for n, (pattern, _) in enumerate(rules) if pattern in [p for p, _ in rules[:n]])
         raise VlmtuneError(f"plan: two rules for {twice!r}; the second would never apply, remove one.")
-    assignment = assign(rules, names)
+    tied_head = tied_head_names(model, names, rules)
+    assignment = assign(rules, [*names, *tied_head])
     unreachable = unreachable_parameters(model)
     parts_with_new_rows = _parts_with_new_rows(assignment, new_tokens)
+    if parts_with_new_rows and tied_head:
+        raise VlmtuneError(
+            f"plan: rule {assignment[tied_head[0]][0]!r} adapts a head that is tied to the embedding, whose new rows "
+            "train on their own; remove that rule, or say train: full of embed."
+        )
     _require_heads_train(assignment)
     base = base_digest(names, assignment)
     targets = find_targets(model, anatomy, assignment, unreachable)
@@ -163,6 +169,17 @@ def apply_plan(
         new_tokens=new_tokens,
         base=base,
     )
+
+
+def tied_head_names(model: nn.Module, names: Mapping[str, nn.Parameter], rules: list[tuple[str, Policy]]) -> list[str]:
+    """The head's name where it is tied to the embedding and a rule puts an adapter on it.
+
+    The shared weight is `embed.weight` and follows that rule; the adapter stands at the head alone.
+    """
+    name = "lm_head.weight"
+    wanted = any(policy.train in ADAPTED and compile_pattern(rule).match(name) for rule, policy in rules
+                 if part_of(rule) == "lm_head")  # fmt: skip
+    return [name] if wanted and name not in names and model.get_output_embeddings() is not None else []
 
 
 def base_digest(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Policy]]) -> dict[str, str]:
@@ -309,4 +326,5 @@ def _described(policy: Policy, new_tokens: int) -> str:
             text = policy.method
         case _:
             text = policy.train
-    return f"{text} {options}".rstrip()
+    stored = "" if policy.store == "fp32" else f" on {policy.store}"
+    return f"{text} {options}".rstrip() + stored
