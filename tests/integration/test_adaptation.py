@@ -148,10 +148,20 @@ def test_the_mixed_plan_from_start_to_export(vlmtune, write_config, rows, inputs
     assert vlmtune("predict", rows.parent / "0.png", *asked)[0] == 0
 
 
-@pytest.mark.parametrize("rank", [4, {"qk": 2, "vo": 4, "up": 8, "down": 4}], ids=["one rank", "ranks by kind"])
-def test_an_adapter_folder_for_plain_peft(rank, vlmtune, write_config, tiny_folder, inputs, quiet, tmp_path):
-    """peft alone, on a fresh base: LoRA and the projector that was trained in full."""
-    run = trained(vlmtune, write_config, "run", with_language(train="lora", rank=rank))
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"train": "lora", "rank": 4},
+        {"train": "lora", "rank": {"qk": 2, "vo": 4, "up": 8, "down": 4}},
+        {"train": "lora", "rank": 4, "options": {"use_dora": True}},
+        {"train": "ia3"},
+        {"train": "peft", "method": "loha", "options": {"r": 2}},
+    ],
+    ids=["lora", "ranks by kind", "dora", "ia3", "loha"],
+)
+def test_an_adapter_folder_for_plain_peft(rule, vlmtune, write_config, tiny_folder, inputs, quiet, tmp_path):
+    """peft alone, on a fresh base: the adapter and the projector that was trained in full."""
+    run = trained(vlmtune, write_config, "run", with_language(**rule))
     proof = export_run(run, "latest", tmp_path / "adapter", quiet, "adapter")
     assert proof["loads_with"] == "peft" and proof["modules_to_save"] == ["model.multi_modal_projector"]
     assert {file.name for file in (tmp_path / "adapter").iterdir()} >= {
@@ -163,6 +173,30 @@ def test_an_adapter_folder_for_plain_peft(rank, vlmtune, write_config, tiny_fold
     assert torch.equal(logits_of(plain, inputs), ours)
     with plain.disable_adapter():
         assert torch.equal(logits_of(plain, inputs), logits_of(load_model(str(tiny_folder("llava"))), inputs))
+
+
+def test_lora_everywhere_loads_with_plain_peft(vlmtune, write_config, tiny_folder, inputs, quiet, tmp_path):
+    """On the tower, the projector and the head too: paths, not suffixes, so each in its place."""
+    plan = [{"match": part, "train": "lora", "rank": 4} for part in ("vision", "projector", "language", "lm_head")]
+    run = trained(vlmtune, write_config, "run", [*plan, {"match": "embed", "train": "frozen"}])
+    assert export_run(run, "latest", tmp_path / "adapter", quiet, "adapter")["modules_to_save"] == []
+    base = AutoModelForImageTextToText.from_pretrained(tiny_folder("llava"))
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(logits_of(plain, inputs), logits_of(load_run(run, "latest").model, inputs))
+    code, _, err = vlmtune("export", run, tmp_path / "merged")
+    assert (code, err) == (0, "")
+
+
+def test_pissa_is_merged_and_kept_by_us(vlmtune, write_config, tiny_folder, inputs, tmp_path):
+    """It changes the base weights when it starts, so a folder for plain peft would need those too."""
+    rule = {"train": "lora", "rank": 4, "options": {"init_lora_weights": "pissa"}}
+    run = trained(vlmtune, write_config, "run", with_language(**rule))
+    code, out, err = vlmtune("export", run, tmp_path / "adapter", "--as", "adapter")
+    assert (code, err) == (0, "") and "pissa changes the base weights" in out
+    assert vlmtune("export", run, tmp_path / "merged")[0] == 0
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    ours = logits_of(load_run(run, "latest").model, inputs)
+    assert float((logits_of(merged, inputs) - ours).abs().max()) < 1e-4 * float(ours.abs().max())
 
 
 def test_a_quantised_run_is_merged_into_the_full_base(vlmtune, write_config, tiny_folder, inputs, quiet, tmp_path):
@@ -254,7 +288,7 @@ def test_the_adapter_of_another_base_model_is_refused(vlmtune, write_config, tin
         ),
         (with_language(train="lora", options={"init_lora_weights": "eva"}), "computed from data before training"),
         (with_language(train="peft", method="lohaa"), "did you mean loha"),
-        (with_language(train="peft", method="vera"), "keeps its state outside of the layers"),
+        (with_language(train="peft", method="vera"), "keeps state outside of the layers"),
         (with_language(train="peft", method="adalora"), "use train: lora with ranks from `vlmtune ranks`"),
         (with_language(train="peft"), "train: peft needs one"),
         (with_language(train="ia3", rank=4), "rank only mean something with train: lora"),

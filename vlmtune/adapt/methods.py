@@ -42,7 +42,14 @@ _GIVEN_BY_US = frozenset({
 """Fields of peft's configs that follow from the rule and are no `options`. Methods other than LoRA have an r there."""
 
 _NEEDS_DATA = {"eva", "corda", "loftq", "lora_ga"}
-_NOT_INJECTED = {
+_REFUSED = {
+    "lora": "write train: lora",
+    "ia3": "write train: ia3",
+    "bottleneck": "write train: adapter",
+    "crossmodal": "write train: cross_modal",
+    "prefixkv": "write train: prefix",
+    "prefix_tuning": "write train: prefix",
+    "shadow": "it runs beside the whole model",
     "adalora": "it needs calls of its own in the training loop; use train: lora with ranks from `vlmtune ranks`",
     "poly": "it needs a task id with every sample",
     "xlora": "it mixes adapters that were trained before",
@@ -253,24 +260,18 @@ def alpha_of(target: Target) -> float:
 
 def _config_class(method: str) -> type[PeftConfig]:
     """The config class of a method of peft that can be put into a model beside others. VlmtuneError for any other."""
-    known = {t.value.lower() for t in PEFT_TYPE_TO_TUNER_MAPPING} - {"lora", "ia3"} - _ours()
-    usable = sorted(known - _NOT_INJECTED.keys() - _unsuitable(known))
-    if method in _NOT_INJECTED:
-        raise VlmtuneError(f"plan: method {method} of peft cannot be used in a plan: {_NOT_INJECTED[method]}.")
-    if method not in usable:
+    known = {kind.value.lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+    usable = sorted(known - _REFUSED.keys() - _unsuitable(known - _REFUSED.keys()))
+    if method in usable:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
+    if method in _REFUSED:
+        raise VlmtuneError(f"plan: method {method} of peft cannot be used so: {_REFUSED[method]}.")
+    if method in known:
+        why = "learns prompts, or keeps state outside of the layers that it adapts"
+    else:
         near = difflib.get_close_matches(method, usable, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        why = (
-            "keeps its state outside of the layers it adapts"
-            if method in known
-            else "is no method of peft's that adapts linear modules"
-        )
-        raise VlmtuneError(f"plan: method {method!r} {why}{hint}; choose one of {', '.join(usable)}.")
-    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
-
-
-def _ours() -> set[str]:
-    return {PeftType(kind().peft_type).value.lower() for kind in _OURS.values()}
+        why = "is no method of peft's" + (f" (did you mean {near[0]}?)" if near else "")
+    raise VlmtuneError(f"plan: method {method!r} {why}; choose one of {', '.join(usable)}.")
 
 
 def _unsuitable(methods: set[str]) -> set[str]:
