@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
     "oft": Method(_peft("oft", r=0, oft_block_size=8), identity=ROUNDING),
     "boft": Method(_peft("boft"), identity=ROUNDING),
     "nf4": Method(_lora(store="nf4")),
+    "nf4_adapter": Method(Policy("adapter", lr=1e-2, options={"dim": 8}, store="nf4"), merges=False),
     "int8": Method(_lora(store="int8")),
     "mixed": Method(
         Policy("ia3", lr=1e-2),

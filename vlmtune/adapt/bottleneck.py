@@ -74,12 +74,12 @@ class BottleneckLayer(SubLayer):
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         linears = list(linear_modules(self.base_layer))
         width_in, width_out = linears[0].in_features, linears[-1].out_features
-        down = float32_linear(width_in if config.mode == "parallel" else width_out, config.dim, bias=True)
-        up = float32_linear(config.dim, width_out, bias=True)
+        width_down = width_in if config.mode == "parallel" else width_out
+        down = float32_linear(width_down, config.dim, self.base_device(), bias=True)
+        up = float32_linear(config.dim, width_out, self.base_device(), bias=True)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         for zero in (down.bias, up.weight, up.bias):
             nn.init.zeros_(zero)
-        self.place(down, up)
         self.bottleneck_down[adapter_name] = down
         self.bottleneck_up[adapter_name] = up
         self.bottleneck_options[adapter_name] = config

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from vlmtune.adapt.extension import (
@@ -139,7 +140,7 @@ class ImageContext:
                     f"cross_modal: block {number} ({type(block).__name__}) of {anatomy.language_layers} has no "
                     "self_attn, through which the image features reach it."
                 )
-            if isinstance(attention, SubLayer):
+            if isinstance(attention, BaseTunerLayer):
                 attention = attention.get_base_layer()
             self._handles.append(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
 
@@ -162,7 +163,13 @@ class ImageContext:
     ) -> tuple[tuple, dict[str, Any]] | None:
         if self._pass is None:  # the language model alone: `current` complains if an adapter is there to need it
             return None
-        self._pass.images = self._look(self._pass, kwargs["inputs_embeds"])
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            raise VlmtuneError(
+                f"cross_modal: {type(module).__name__} was not given inputs_embeds by name, so its image features "
+                "cannot be read; this adapter does not work on this family."
+            )
+        self._pass.images = self._look(self._pass, embeds)
         return args, {**kwargs, _KEYWORD: self._pass.images}
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -173,7 +180,7 @@ class ImageContext:
 
     def _after_body(self, module: nn.Module, args: tuple, output: Any) -> None:
         done, self._pass, self._current = self._pass, None, None
-        if done is None:
+        if done is None or done.images is None:  # the pass failed before it had any
             return
         cache = done.cache if done.cache is not None else getattr(output, "past_key_values", None)
         if cache is not None:
@@ -221,7 +228,7 @@ def _may_read(now: _Pass, slot: Tensor) -> Tensor:
     if isinstance(mask, dict):  # one per kind of layer (Gemma 3); the sliding ones forget, the full one does not
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is not None and mask.dim() == 2:
-        return mask[:, now.past : now.past + tokens].bool().gather(1, slot).unsqueeze(1)
+        return mask[:, now.past : now.past + tokens].bool().expand(rows, -1).gather(1, slot).unsqueeze(1)
     if mask is not None:
         attended = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         attended = attended[:, 0, :, now.past : now.past + tokens].expand(rows, -1, -1)
@@ -269,16 +276,16 @@ class CrossModalLayer(SubLayer):
     def update_layer(self, adapter_name: str, config: CrossModalConfig) -> None:
         width = list(linear_modules(self.base_layer))[-1].out_features
         # no biases: what attends to nothing must add exactly zero, and softmax would cancel one on keys anyway
-        made = {
-            "query": float32_linear(width, config.dim, bias=False),
-            "key": float32_linear(self.feature_width, config.dim, bias=False),
-            "value": float32_linear(self.feature_width, config.dim, bias=False),
-            "up": float32_linear(config.dim, width, bias=False),
+        shapes = {
+            "query": (width, config.dim),
+            "key": (self.feature_width, config.dim),
+            "value": (self.feature_width, config.dim),
+            "up": (config.dim, width),
         }
-        nn.init.zeros_(made["up"].weight)
-        self.place(*made.values())
-        for name, linear in made.items():
+        for name, (inputs, outputs) in shapes.items():
+            linear = float32_linear(inputs, outputs, self.base_device(), bias=False)
             getattr(self, f"crossmodal_{name}")[adapter_name] = linear
+        nn.init.zeros_(self.crossmodal_up[adapter_name].weight)
         self.crossmodal_heads[adapter_name] = config.heads
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

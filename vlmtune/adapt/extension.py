@@ -7,9 +7,9 @@ process that has imported the method's module.
 
 A tuner of ours wraps one module in place. Its parameters lie in containers keyed by adapter name, whose names begin
 with the method's prefix (`bottleneck_down.default.weight`), are float32 whatever the base's format, and may be
-trained and saved with any number of other methods in the same model. `inject_adapter_in_model` makes active, in the
-whole model, the adapter injected last: give all adapters of a model the same name, or call `set_adapter([...])` on
-every BaseTunerLayer.
+trained and saved with any number of other methods in the same model. `inject_adapter_in_model` leaves other methods'
+layers alone, but makes the new adapter the only active one in all layers of its own method: after injecting a second
+adapter of one method under another name, call `set_adapter([name])` on the layers of the first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -66,8 +67,6 @@ def register(name: str, config: type[PeftConfig], tuner: type[SubLayerTuner]) ->
 
 
 def _changed(what: str) -> VlmtuneError:
-    import peft
-
     return VlmtuneError(
         f"peft {peft.__version__} cannot take vlmtune's adapters: {what}; "
         "install the peft version that vlmtune's pyproject.toml names."
@@ -115,7 +114,8 @@ class SubLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not set yet: asking it for itself would never end
+            # base_layer: not set yet, asking it for itself would never end; how to copy or pickle is each object's own
+            if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -130,14 +130,15 @@ class SubLayer(nn.Module, BaseTunerLayer):
         here = self._get_available_adapters()
         return [name for name in self.active_adapters if name in here]
 
-    def place(self, *made: nn.Module | nn.Parameter) -> None:
-        """Move what `update_layer` made to the device of the wrapped module."""
-        reference = next((linear.weight for linear in linear_modules(self.base_layer)), None)
-        if reference is None or any(p.is_meta for part in made for p in _parameters(part)):
-            return
-        for part in made:
-            for parameter in _parameters(part):
-                parameter.data = parameter.data.to(reference.device)
+    def base_device(self) -> torch.device:
+        """Where the wrapped module's matrices are: there its adapters belong."""
+        return next(linear_modules(self.base_layer)).weight.device
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """For peft, after it filled an adapter made on the meta device; its own method looks for one base weight."""
+        for container in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in container:
+                container[adapter_name] = container[adapter_name].to(device or self.base_device())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise not_mergeable(self.method)
@@ -176,6 +177,10 @@ class SubLayerTuner(BaseTuner):
         layer = self.make_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Only that: peft's own method also copies the weight of a linear module, which sub-layers do not have."""
+        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         raise not_mergeable(self.tuner_layer_cls.method)
@@ -219,10 +224,6 @@ def input_of(args: tuple, kwargs: dict[str, Any], where: str) -> Tensor:
     raise VlmtuneError(f"{where} was called with {', '.join(kwargs) or 'nothing'}, none of which is its hidden states.")
 
 
-def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
-    return list(part.parameters()) if isinstance(part, nn.Module) else [part]
-
-
-def float32_linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+def float32_linear(inputs: int, outputs: int, device: torch.device, *, bias: bool) -> nn.Linear:
     """A linear layer in float32, even while the default format is another."""
-    return nn.Linear(inputs, outputs, bias=bias, dtype=torch.float32)
+    return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=torch.float32)

@@ -92,7 +92,8 @@ def find_targets(
     Raises VlmtuneError for a rule that adapts no module of the kind its method needs.
     """
     rules = {pattern: policy for pattern, policy in assignment.values() if policy.train in ADAPTED}
-    found = [*_linear_targets(model, anatomy, assignment, unreachable), *_sublayers(model, anatomy, assignment)]
+    reachable = {name: owner for name, owner in assignment.items() if name not in unreachable}
+    found = [*_linear_targets(model, anatomy, reachable), *_sublayers(model, anatomy, reachable)]
     order = {path: number for number, (path, _) in enumerate(model.named_modules())}
     found.sort(key=lambda target: order[target.path])
     for pattern, policy in rules.items():
@@ -121,14 +122,14 @@ def _covers_none(policy: Policy) -> str:
 
 
 def _linear_targets(
-    model: nn.Module, anatomy: Anatomy, assignment: Mapping[str, tuple[str, Policy]], unreachable: set[str]
+    model: nn.Module, anatomy: Anatomy, assignment: Mapping[str, tuple[str, Policy]]
 ) -> Iterator[Target]:
     for path, module in model.named_modules():
         if not is_linear(module):
             continue
         name = canonical_name(anatomy, f"{path}.weight")
-        if name not in assignment or name in unreachable:
-            continue  # a tied head is the embedding's parameter
+        if name not in assignment:
+            continue  # out of the loss's reach, or a tied head, which is the embedding's parameter
         rule, policy = assignment[name]
         if policy.train == "ia3" and linear_role(path) not in ("k", "v", "qkv", "down"):
             continue

@@ -62,15 +62,11 @@ class PrefixLayer(SubLayer):
         attention = self.get_base_layer()
         heads = attention.config.num_attention_heads
         shape = (attention.config.num_key_value_heads, config.length, attention.head_dim)
-        made = {
-            "key": nn.Parameter(torch.randn(shape, dtype=torch.float32) * _SPREAD),
-            "value": nn.Parameter(torch.randn(shape, dtype=torch.float32) * _SPREAD),
-        }
+        options = {"dtype": torch.float32, "device": self.base_device()}
+        self.prefixkv_key[adapter_name] = nn.Parameter(torch.randn(shape, **options) * _SPREAD)
+        self.prefixkv_value[adapter_name] = nn.Parameter(torch.randn(shape, **options) * _SPREAD)
         if config.gated:
-            made["gate"] = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
-        self.place(*made.values())
-        for name, parameter in made.items():
-            getattr(self, f"prefixkv_{name}")[adapter_name] = parameter
+            self.prefixkv_gate[adapter_name] = nn.Parameter(torch.zeros(heads, **options))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the attention module returns."""

@@ -117,6 +117,13 @@ def test_adapters_go_around_whole_sublayers(model):
     assert [t.path.rsplit(".")[-1] for t in targets_of(model, *split)] == ["self_attn"]
 
 
+def test_blocks_out_of_reach_get_no_adapter(llava):
+    """LLaVA reads its tower before the last block: an adapter there would never learn."""
+    for method in ("adapter", "lora"):
+        paths = [target.path for target in targets_of(llava, ("vision", Policy(method)))]
+        assert {path.split("layers.")[1].split(".")[0] for path in paths} == {"0", "1"}
+
+
 def test_cross_modal_stands_once_in_a_block(llava):
     paths = [t.path for t in targets_of(llava, ("language", Policy("cross_modal")))]
     assert [path.rsplit(".", 1)[-1] for path in paths] == ["mlp"] * 4
@@ -173,8 +180,8 @@ def test_what_peft_offers_is_reachable_or_refused_with_a_reason(tiny_folder):
         assert [name for name, p in plan.parameters.items() if p.grad is None] == []
         works.add(method)
     assert works >= {
-        "beft", "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "lily", "ln_tuning", "loha",
-        "lokr", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning", "waveft",
+        "beft", "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "lily", "ln_tuning",
+        "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning", "waveft",
     }  # fmt: skip
     assert {"vera", "vblora", "adalora", "xlora", "poly", "adaption_prompt", "trainable_tokens"} <= set(refused)
     assert "outside of the layers" in refused["vera"] and "write train: lora" in refused["lora"]
