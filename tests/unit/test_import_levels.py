@@ -16,7 +16,7 @@ LEVELS = (
     ("adapt", "evaluate"),
     ("checks",),
     ("trainer", "checkpoint", "observe"),
-    ("config", "build", "build_loss", "stages", "run", "use", "view", "check_data", "outcome"),
+    ("config", "build", "build_loss", "stages", "run", "use", "view", "check_data", "ranks", "outcome", "export"),
     ("cli", "__main__"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
@@ -24,7 +24,11 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
     0: {("types", "errors"), ("rules", "errors"), ("schedule", "errors"), ("paths", "errors")},
     4: {("trainer", "checkpoint")},
     5: {
-        *((part, other) for part in ("run", "use", "view", "check_data") for other in ("build", "config")),
+        *(
+            (part, other)
+            for part in ("run", "use", "view", "check_data", "ranks", "export")
+            for other in ("build", "config")
+        ),
         ("build", "config"),
         ("build", "build_loss"),
         ("build_loss", "config"),
@@ -32,6 +36,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("run", "view"),
         ("run", "outcome"),
         ("use", "outcome"),
+        ("export", "use"),
     },
     6: {("__main__", "cli")},
 }
