@@ -113,6 +113,9 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     place(model, device)
+    steps.order.decide(0)
+    first = [steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
+    findings = check_start(model, plan, encoder, [sources[s][row] for s, row in first[:1]], precision)
 
     changed = {
         name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -128,15 +131,12 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
     for name, text in changed.items():
         write_text(folder / name, text)
-    steps.order.decide(0)
-    first = [steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
     write_token_view(
         folder / "first_batch.html",
         [token_view(encoder, fitted_sample(sources[s], row)) for s, row in first],
         histograms(config, fitted),
     )
     console.print(assignment_table(plan.rows))
-    findings = check_start(model, plan, encoder, [sources[s][row] for s, row in first[:1]], precision)
     write_text(folder / "start.json", json.dumps([finding.__dict__ for finding in findings], indent=1))
     for line in [*describe_findings(findings), *(f"use it: {note}" for note in serving_notes(model, plan))]:
         console.print(line, highlight=False, markup=False)

@@ -30,6 +30,7 @@ from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
 from vlmtune.evaluate.regions import masks_of_sample
 from vlmtune.models.load import load_processor
+from vlmtune.models.quantise import place
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.precision import autocast, resolve_precision
 from vlmtune.outcome import metrics_table
@@ -64,6 +65,7 @@ def load_run(run: Path, checkpoint: str, as_stored: bool = True) -> Loaded:
     if folder is not None:
         plan = apply_plan(base.model, rules, config.model, config.train.seed, base.new_tokens)
         load_weights(folder, base.model, plan)
+        place(base.model, base.model.device)  # read-outs and new rows to where a quantised base was read
     mixed = any(policy.store != "fp32" for _, policy in rules)
     precision = resolve_precision(config.train.precision, best_device()) if mixed else "fp32"
     return Loaded(base.model.eval(), encoder, config, base.path, plan, precision)

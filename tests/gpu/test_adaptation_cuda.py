@@ -1,4 +1,4 @@
-"""What only a GPU has: paged optimizers, and quantised weights that are read straight onto it. Skips itself without one."""
+"""What only a GPU has: paged optimizers, quantised weights that are read straight onto it. Skips itself without one."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def die_before(call: int, monkeypatch) -> None:
 
         return operation
 
-    for name in ("save_file", "save_adapter", "_sync", "_digest", "remove_checkpoint"):
+    for name in ("save_file", "save_adapters", "_sync", "_digest", "remove_checkpoint"):
         monkeypatch.setattr(checkpoint_module, name, counted(getattr(checkpoint_module, name)))
     monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
     monkeypatch.setattr(os, "replace", counted(os.replace))
