@@ -60,6 +60,7 @@ METHODS: dict[str, Method] = {
     "loha": Method(_peft("loha", r=2)),
     "oft": Method(_peft("oft", r=0, oft_block_size=8), identity=ROUNDING),
     "boft": Method(_peft("boft"), identity=ROUNDING),
+    "vera": Method(_peft("vera", r=8)),
     "nf4": Method(_lora(store="nf4")),
     "nf4_adapter": Method(Policy("adapter", lr=1e-2, options={"dim": 8}, store="nf4"), merges=False),
     "int8": Method(_lora(store="int8")),

@@ -156,8 +156,9 @@ def test_the_mixed_plan_from_start_to_export(vlmtune, write_config, rows, inputs
         {"train": "lora", "rank": 4, "options": {"use_dora": True}},
         {"train": "ia3"},
         {"train": "peft", "method": "loha", "options": {"r": 2}},
+        {"train": "peft", "method": "vera", "options": {"r": 8}},
     ],
-    ids=["lora", "ranks by kind", "dora", "ia3", "loha"],
+    ids=["lora", "ranks by kind", "dora", "ia3", "loha", "vera"],
 )
 def test_an_adapter_folder_for_plain_peft(rule, vlmtune, write_config, tiny_folder, inputs, quiet, tmp_path):
     """peft alone, on a fresh base: the adapter and the projector that was trained in full."""
@@ -288,7 +289,7 @@ def test_the_adapter_of_another_base_model_is_refused(vlmtune, write_config, tin
         ),
         (with_language(train="lora", options={"init_lora_weights": "eva"}), "computed from data before training"),
         (with_language(train="peft", method="lohaa"), "did you mean loha"),
-        (with_language(train="peft", method="vera"), "keeps state outside of the layers"),
+        (with_language(train="peft", method="vblora"), "keeps state outside of the layers"),
         (with_language(train="peft", method="adalora"), "use train: lora with ranks from `vlmtune ranks`"),
         (with_language(train="peft"), "train: peft needs one"),
         (with_language(train="ia3", rank=4), "rank only mean something with train: lora"),

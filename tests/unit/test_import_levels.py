@@ -16,7 +16,20 @@ LEVELS = (
     ("adapt", "evaluate"),
     ("checks",),
     ("trainer", "checkpoint", "observe"),
-    ("config", "build", "build_loss", "stages", "run", "use", "view", "check_data", "ranks", "outcome", "export"),
+    (
+        "config",
+        "build",
+        "build_loss",
+        "stages",
+        "run",
+        "use",
+        "view",
+        "check_data",
+        "ranks",
+        "plan_model",
+        "outcome",
+        "export",
+    ),  # fmt: skip
     ("cli", "__main__"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
@@ -26,7 +39,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
     5: {
         *(
             (part, other)
-            for part in ("run", "use", "view", "check_data", "ranks", "export")
+            for part in ("run", "use", "view", "check_data", "ranks", "export", "plan_model")
             for other in ("build", "config")
         ),
         ("build", "config"),

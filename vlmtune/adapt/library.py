@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -37,7 +38,8 @@ def inject(model: nn.Module, adapters: list[Adapter], seed: int) -> set[str]:
             warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # merging unties it
             torch.manual_seed(seed)
             try:
-                inject_adapter_in_model(adapter.config, model, adapter.name)
+                # as peft.inject_adapter_in_model does, which refuses methods that share tensors drawn from a seed
+                PEFT_TYPE_TO_TUNER_MAPPING[adapter.config.peft_type](model, adapter.config, adapter_name=adapter.name)
             except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
                 rule = next(iter(adapter.targets.values())).rule
                 raise VlmtuneError(

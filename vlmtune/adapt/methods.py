@@ -37,11 +37,14 @@ _GIVEN_BY_US = frozenset({
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern", "r", "lora_alpha", "lora_dropout", "base_model_name_or_path", "peft_type", "task_type",
     "inference_mode", "revision", "auto_mapping", "peft_version", "target_parameters", "trainable_token_indices",
-    "feedforward_modules", "ensure_weight_tying",
+    "feedforward_modules", "ensure_weight_tying", "save_projection",
 })  # fmt: skip
 """Fields of peft's configs that follow from the rule and are no `options`. Methods other than LoRA have an r there."""
 
 _NEEDS_DATA = {"eva", "corda", "loftq", "lora_ga"}
+_SEEDED = ("vera", "pvera")
+"""Methods whose layers share fixed projections, drawn anew from a seed of theirs wherever the adapter is loaded."""
+
 _REFUSED = {
     "lora": "write train: lora",
     "ia3": "write train: ia3",
@@ -207,7 +210,7 @@ def _config(targets: list[Target], base_name: str) -> PeftConfig:
         common["feedforward_modules"] = _exactly([path for path in paths if linear_role(path) == "down"])
     elif policy.train == "peft":
         kind = _config_class(policy.method)
-        common["target_modules"] = _exactly(paths)
+        common |= {"save_projection": False} if policy.method in _SEEDED else {}
     else:
         kind = _OURS[policy.train]
     options = dict(policy.options)
@@ -262,7 +265,7 @@ def alpha_of(target: Target) -> float:
 def _config_class(method: str) -> type[PeftConfig]:
     """The config class of a method of peft that can be put into a model beside others. VlmtuneError for any other."""
     known = {kind.value.lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING}
-    usable = sorted(known - _REFUSED.keys() - _unsuitable(known - _REFUSED.keys()))
+    usable = sorted(known - _REFUSED.keys() - _unsuitable(known - _REFUSED.keys() - set(_SEEDED)))
     if method in usable:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
     if method in _REFUSED:

@@ -181,10 +181,10 @@ def test_what_peft_offers_is_reachable_or_refused_with_a_reason(tiny_folder):
         works.add(method)
     assert works >= {
         "beft", "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "lily", "ln_tuning",
-        "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning", "waveft",
+        "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning", "waveft", "vera", "pvera",
     }  # fmt: skip
-    assert {"vera", "vblora", "adalora", "xlora", "poly", "adaption_prompt", "trainable_tokens"} <= set(refused)
-    assert "outside of the layers" in refused["vera"] and "write train: lora" in refused["lora"]
+    assert {"vblora", "unilora", "adalora", "xlora", "poly", "adaption_prompt", "trainable_tokens"} <= set(refused)
+    assert "outside of the layers" in refused["vblora"] and "write train: lora" in refused["lora"]
     assert all(message.startswith("plan: ") and message.endswith(".") for message in refused.values())
 
 
@@ -238,4 +238,4 @@ def test_the_learning_rate_of_b(llava):
 
 
 def test_the_matrix_names_methods_of_peft():
-    assert {policy.language.method for policy in METHODS.values()} - {""} == {"loha", "oft", "boft"}
+    assert {policy.language.method for policy in METHODS.values()} - {""} == {"loha", "oft", "boft", "vera"}
