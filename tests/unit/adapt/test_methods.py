@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from method_matrix import METHODS
+from method_matrix import METHODS, rules_for
 from peft import get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
@@ -235,6 +237,17 @@ def test_the_learning_rate_of_b(llava):
     rates = {name: group["lr"] for group in groups for name in group["names"]}
     assert {rate for name, rate in rates.items() if "lora_A" in name} == {1e-3}
     assert {rate for name, rate in rates.items() if "lora_B" in name} == {16e-3}
+
+
+@pytest.mark.parametrize("method", ["adapter", "cross_modal", "prefix", "ia3", "dora", "loha"])
+def test_no_adapter_decays(method, tiny_folder):
+    """SPEC G3, for what every method brings: matrices of bottlenecks and keys of prefixes too."""
+    model = load_model(str(tiny_folder("llava")))
+    rules = [(p, replace(r, weight_decay=0.1) if r.train != "frozen" else r) for p, r in rules_for(model, method)]
+    plan = apply_plan(model, rules, "base", 0)
+    decays = {name: group["weight_decay"] for group in plan.optimizer_groups() for name in group["names"]}
+    assert {decays[name] for name in plan.adapter_parameters} == {0.0}
+    assert decays["projector.linear_1.weight"] == 0.1 and decays["projector.linear_1.bias"] == 0.0
 
 
 def test_the_matrix_names_methods_of_peft():
