@@ -23,7 +23,7 @@ from vlmtune.data.sources import FileSource
 from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import canonical_parameters, part_modules
 from vlmtune.models.load import load_model, load_processor
-from vlmtune.models.vlm import VLM, set_training_mode
+from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.schedule import cosine_with_warmup, piecewise
@@ -180,7 +180,7 @@ def make_trainer(
     steps = Steps([source], mixture, encoder, 4, micro_batch_size)
     plan = apply_plan(model, rules(model), str(model_folder), seed=0, new_tokens=new)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     wishes = {
         "total_steps": total_steps,
         "schedule": lambda step: cosine_with_warmup(step, total_steps, 2, 0.1),

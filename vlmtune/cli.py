@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -129,15 +129,67 @@ def check_data(
 
 
 @app.command()
+def ranks(
+    config: ConfigName,
+    overrides: Overrides = None,
+    budget: Annotated[int, typer.Option(help="uniform LoRA rank whose parameters are spent")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="training samples to measure on, the first of the run")] = 64,
+    output: Annotated[Path, typer.Option(help="the config with the new plan goes here; never overwritten")] = Path(
+        "ranks.yaml"
+    ),
+    per: Annotated[
+        Literal["module", "kind", "layer"],
+        typer.Option(help="one rank per module, per kind of module, or per layer"),
+    ] = "module",
+    count: Annotated[
+        Literal["parameters", "ranks"],
+        typer.Option(help="what the budget counts: LoRA parameters, or the sum of ranks"),
+    ] = "parameters",
+    power: Annotated[
+        float, typer.Option(min=0, help="ranks follow importance to this power: 0 uniform, 1 proportional")
+    ] = 0.5,
+) -> None:
+    """Measure which modules matter (Fisher traces), and write a config whose LoRA ranks follow that."""
+    from vlmtune.config import load_config
+
+    wish = load_config(config, overrides or [])
+    from vlmtune.ranks import choose_ranks
+
+    choose_ranks(wish, console, output, budget, samples, per, count, power)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder, config.json, or a name like qwen2.5-vl-7b")],
+    memory: Annotated[str, typer.Option(help="of the device, for example 24GB")],
+    goal: Annotated[Literal["quality", "speed", "memory"], typer.Option(help="what to prefer")] = "quality",
+    data: Annotated[str | None, typer.Option(metavar="CONFIG", help="measure the samples of this config")] = None,
+    tokens: Annotated[int | None, typer.Option(help="of a sample, images included (without --data)")] = None,
+    images: Annotated[int, typer.Option(help="of a sample (without --data)")] = 1,
+    max_pixels: Annotated[int | None, typer.Option(help="of an image (without --data)")] = None,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="where training will run")] = "cuda",
+    as_json: Annotated[bool, typer.Option("--json", help="print the answer as JSON")] = False,
+) -> None:
+    """Predict memory from config.json alone, and recommend method, ranks, batch and checkpointing, with reasons."""
+    from vlmtune.plan_model import plan_model
+
+    plan_model(model, memory, console, goal, data, tokens, images, max_pixels, device, as_json)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    folder: Annotated[Path, typer.Argument(help="where the merged model goes")],
+    folder: Annotated[Path, typer.Argument(help="where the model or adapter goes")],
     checkpoint: Annotated[str, typer.Option(help="latest, best or step_…")] = "latest",
+    form: Annotated[
+        Literal["merged", "adapter", "gguf"],
+        typer.Option("--as", help="merged: for plain from_pretrained; adapter: for plain peft if it can be"),
+    ] = "merged",
 ) -> None:
-    """Merge a run's checkpoint into a folder that loads with plain `from_pretrained`, and prove it."""
-    from vlmtune.use import export_run
+    """Write a run's checkpoint as a model folder or an adapter folder, reload it, and prove that it answers alike."""
+    from vlmtune.export import export_run
 
-    export_run(run, checkpoint, folder, console)
+    export_run(run, checkpoint, folder, console, form)
 
 
 @app.command()

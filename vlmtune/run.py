@@ -14,15 +14,13 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from vlmtune import __version__
-from vlmtune.adapt.plan import Plan, apply_plan
-from vlmtune.adapt.serving import serving_notes
+from vlmtune.adapt.memory import PeakMeter
+from vlmtune.adapt.plan import apply_plan
 from vlmtune.build import (
     best_device,
     build_encoder,
@@ -45,25 +43,31 @@ from vlmtune.build import (
 )
 from vlmtune.build_loss import build_objective
 from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
-from vlmtune.checks.before import initial_findings
 from vlmtune.config import Config, differing_keys, dump_config, load_config
-from vlmtune.data.batch import collate
-from vlmtune.data.encode import Encoder
 from vlmtune.data.loader import Steps
 from vlmtune.data.sampling import TemperatureOrder
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.models.quantise import place
+from vlmtune.models.vlm import checkpoint_activations
 from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
 from vlmtune.optim.optimizer import usable_here
-from vlmtune.optim.precision import autocast, resolve_precision
+from vlmtune.optim.precision import resolve_precision
 from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
 from vlmtune.paths import require_folder
+from vlmtune.start import (
+    MemoryReport,
+    check_start,
+    describe_start,
+    first_micro_batches,
+    held_bytes,
+    predict_memory,
+)
 from vlmtune.trainer import Trainer
-from vlmtune.types import Finding, Sample, VlmtuneError
+from vlmtune.types import VlmtuneError
 from vlmtune.view import histograms, token_view
 
 KEYS_NAMED = 4  # of two configs that differ
@@ -111,11 +115,11 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
     objective = build_objective(config, sources, plan, encoder)
     if config.train.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     place(model, device)
-    steps.order.decide(0)
-    first = [steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
-    findings = check_start(model, plan, encoder, [sources[s][row] for s, row in first[:1]], precision)
+    batches = first_micro_batches(steps)
+    findings = check_start(model, plan, encoder, batches[0], precision)
+    prediction = predict_memory(config, policies(config), model, batches, base.new_tokens, precision, device)
 
     changed = {
         name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -131,15 +135,14 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
     for name, text in changed.items():
         write_text(folder / name, text)
+    first = [steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
     write_token_view(
         folder / "first_batch.html",
         [token_view(encoder, fitted_sample(sources[s], row)) for s, row in first],
         histograms(config, fitted),
     )
-    console.print(assignment_table(plan.rows))
     write_text(folder / "start.json", json.dumps([finding.__dict__ for finding in findings], indent=1))
-    for line in [*describe_findings(findings), *(f"use it: {note}" for note in serving_notes(model, plan))]:
-        console.print(line, highlight=False, markup=False)
+    describe_start(model, plan, findings, console)
     console.print(loss_table(objective, [encoder.encode(sources[s][row]) for s, row in loss_samples(steps)]))
     console.print(
         f"{settings.total_steps} steps of {config.train.batch_size} samples "
@@ -166,12 +169,14 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         require_best(config.checkpoint.best, measured.metrics)
         write_text(before_file, json.dumps(evaluation_record(measured)))
 
+    meter = PeakMeter(device, held_bytes(model))
     by_source = count_samples(steps.order, sources)
     observers = [
         History(folder / "history.jsonl", settings.log_every, from_step, by_source),
         board := TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source),
         progress := ProgressLine(console, settings.total_steps, settings.log_every),
         PageWriter(folder, every_seconds=20),
+        MemoryReport(prediction, meter, console, folder / "memory.json", checkpoint is not None),
     ]
     trainer = Trainer(
         model, plan, objective, build_optimizer(config, plan, objective),
@@ -182,6 +187,7 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     if checkpoint is not None:
         trainer.resume(checkpoint)
         console.print(f"continuing from {checkpoint} (step {trainer.state.step})")
+    meter.start()
     with progress:
         state = trainer.fit()
 
@@ -204,30 +210,6 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
         console.print(metrics_table(summary["metrics"]))
     console.print(f"trained {state.step} steps in {duration(state.seconds)}; report: {page}", highlight=False)
     return summary
-
-
-def check_start(
-    model: torch.nn.Module, plan: Plan, encoder: Encoder, samples: list[Sample], precision: Literal["bf16", "fp32"]
-) -> list[Finding]:
-    """How everything that learns begins (SPEC D6). Raises VlmtuneError for the first finding that fails."""
-    batch = collate([encoder.encode(sample) for sample in samples], encoder.pad_token_id).to(model.device)
-    rng = torch.get_rng_state()
-    with autocast(precision, model.device):
-        findings = initial_findings(model, plan, len(encoder.processor.tokenizer), batch.inputs)
-    torch.set_rng_state(rng)
-    for finding in findings:
-        if finding.level == "fail":
-            raise VlmtuneError(f"start: {finding.what}: no, {finding.evidence}; {finding.remedy}.")
-    return findings
-
-
-def describe_findings(findings: list[Finding]) -> list[str]:
-    """One line each."""
-    return [
-        f"start: {finding.level}: {finding.what}: {finding.evidence}"
-        + (f"; {finding.remedy}" if finding.remedy else "")
-        for finding in findings
-    ]
 
 
 def prepare_folder(config: Config, fingerprint: str, restart: bool) -> Path | None:
@@ -349,17 +331,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def assignment_table(rows: list[dict]) -> Table:
-    table = Table(title="what trains, and how", title_justify="left")
-    for name in ("part", "rule", "method", "modules", "tensors", "parameters", "trainable", "lr", "weight decay"):
-        table.add_column(name, justify="left" if name in ("part", "rule", "method") else "right")
-    for row in rows:
-        sizes = [f"{row[name]:,}" for name in ("modules", "tensors", "parameters", "trainable")]
-        rates = ["" if row[name] is None else f"{row[name]:g}" for name in ("lr", "weight_decay")]
-        table.add_row(row["part"], row["rule"], row["method"], *sizes, *rates)
-    total, trainable = sum(r["parameters"] for r in rows), sum(r["trainable"] for r in rows)
-    table.add_section()
-    table.add_row("all", "", "", "", "", f"{total:,}", f"{trainable:,}", "", "")
-    return table

@@ -16,7 +16,7 @@ from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import anatomy_of, canonical_parameters
 from vlmtune.models.load import load_model
 from vlmtune.models.tiny import FAMILIES
-from vlmtune.models.vlm import VLM, set_training_mode
+from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.types import supervised_mask
 
 NAMES = [*FAMILIES, "embedded"]
@@ -71,11 +71,16 @@ def test_gradient_checkpointing(name, rules, model_folder, encoded):
     layer = model.get_submodule(anatomy_of(model).language_layers)[0]
     calls: list[bool] = []
     layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(True))
+    in_tower: list[bool] = []
+    tower = model.get_submodule(anatomy_of(model).vision_layers)[0]
+    tower.register_forward_pre_hook(lambda *_: in_tower.append(True))
     off_loss, off = loss_and_gradients(model, batches)
     once = len(calls)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     on_loss, on = loss_and_gradients(model, batches)
     assert len(calls) - once == 2 * once, "checkpointing is on, but no layer was computed again"
+    if rules is lora_rules:  # its tower is frozen: nothing in it is worth computing again
+        assert len(in_tower) == 2 * once
     trainable = {p for p in model.parameters() if p.requires_grad}
     assert len(on) >= 0.9 * len(trainable)  # some towers' last blocks are never read
     assert on_loss == off_loss
@@ -90,7 +95,7 @@ def test_gradient_checkpointing_works_below_a_frozen_language_model(model_folder
         return [(p, r if p == "projector" else type(r)("frozen")) for p, r in full_rules(model)]
 
     model = prepared(model_folder("llava"), projector_only)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     set_training_mode(model)
     calls: list[bool] = []
     layer = model.get_submodule(anatomy_of(model).language_layers)[0]

@@ -28,8 +28,9 @@ LEVELS = (
         "ranks",
         "plan_model",
         "outcome",
+        "start",
         "export",
-    ),  # fmt: skip
+    ),
     ("cli", "__main__"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
@@ -50,6 +51,8 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("run", "outcome"),
         ("use", "outcome"),
         ("export", "use"),
+        ("start", "config"),
+        ("run", "start"),
     },
     6: {("__main__", "cli")},
 }

@@ -62,9 +62,7 @@ def _zeros(plan: Plan) -> Iterator[Finding]:
     evidence = f"{len(found)} tensors, largest value {max(float(p.abs().max()) for p in found.values()):g}"
     what = "outputs of adapters start at zero"
     if wrong:
-        yield Finding(
-            "fail", what, f"{evidence}, first {wrong[0]}", "check the options of its rule"
-        )
+        yield Finding("fail", what, f"{evidence}, first {wrong[0]}", "check the options of its rule")
     else:
         yield Finding("pass", what, evidence)
 

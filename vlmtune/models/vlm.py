@@ -68,6 +68,16 @@ class VLM(nn.Module):
         )
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute activations of blocks in the backward, without reentry (PAINS 5).
+
+    Transformers also makes the outputs of embeddings require a gradient, which only reentrant checkpoints need: a
+    frozen tower would be recomputed and run backward for nothing.
+    """
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()
+
+
 def set_training_mode(model: nn.Module) -> None:
     """Train mode only where something trains.
 

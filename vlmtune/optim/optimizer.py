@@ -24,9 +24,7 @@ def usable_here(name: OptimizerName, device: torch.device) -> tuple[OptimizerNam
     Paging moves state between a GPU and the host; on a CPU there is nothing to move.
     """
     if name in _UNPAGED and device.type != "cuda":
-        return _UNPAGED[
-            name
-        ], f"optim.name: {name} needs CUDA, this is {device.type}: {_UNPAGED[name]} is used."
+        return _UNPAGED[name], f"optim.name: {name} needs CUDA, this is {device.type}: {_UNPAGED[name]} is used."
     return name, None
 
 

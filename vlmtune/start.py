@@ -1,0 +1,151 @@
+"""What is verified and said around the first step of a run: the table of what trains, how it begins, where the result
+can be used, and memory, predicted and measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vlmtune.adapt.memory import PeakMeter, predict_step
+from vlmtune.adapt.plan import Plan, Policy
+from vlmtune.adapt.prediction import Prediction, StepSettings
+from vlmtune.adapt.serving import serving_notes
+from vlmtune.checks.before import initial_findings
+from vlmtune.config import Config
+from vlmtune.data.encode import Encoder
+from vlmtune.data.loader import Steps
+from vlmtune.models.quantise import stored_bytes
+from vlmtune.models.vocabulary import NewTokens
+from vlmtune.optim.precision import autocast
+from vlmtune.types import Batch, Finding, VlmtuneError
+
+MIB = 2**20
+
+
+def first_micro_batches(steps: Steps) -> list[Batch]:
+    """Those of the first optimizer step. Raises VlmtuneError for a sample that cannot be encoded."""
+    steps.order.decide(0)
+    found = steps[0]
+    if isinstance(found, VlmtuneError):
+        raise found
+    return found
+
+
+def assignment_table(rows: list[dict]) -> Table:
+    table = Table(title="what trains, and how", title_justify="left")
+    for name in ("part", "rule", "method", "modules", "tensors", "parameters", "trainable", "lr", "weight decay"):
+        table.add_column(name, justify="left" if name in ("part", "rule", "method") else "right")
+    for row in rows:
+        sizes = [f"{row[name]:,}" for name in ("modules", "tensors", "parameters", "trainable")]
+        rates = ["" if row[name] is None else f"{row[name]:g}" for name in ("lr", "weight_decay")]
+        table.add_row(row["part"], row["rule"], row["method"], *sizes, *rates)
+    total, trainable = sum(r["parameters"] for r in rows), sum(r["trainable"] for r in rows)
+    table.add_section()
+    table.add_row("all", "", "", "", "", f"{total:,}", f"{trainable:,}", "", "")
+    return table
+
+
+def check_start(
+    model: torch.nn.Module, plan: Plan, encoder: Encoder, batch: Batch, precision: Literal["bf16", "fp32"]
+) -> list[Finding]:
+    """How everything that learns begins (SPEC D6). Raises VlmtuneError for the first finding that fails.
+
+    batch: on which the adapted model is compared with the base model.
+    """
+    batch = batch.to(model.device)
+    rng = torch.get_rng_state()
+    with autocast(precision, model.device):
+        findings = initial_findings(model, plan, len(encoder.processor.tokenizer), batch.inputs)
+    torch.set_rng_state(rng)
+    for finding in findings:
+        if finding.level == "fail":
+            raise VlmtuneError(f"start: {finding.what}: no, {finding.evidence}; {finding.remedy}.")
+    return findings
+
+
+def describe_findings(findings: list[Finding]) -> list[str]:
+    """One line each."""
+    return [
+        f"start: {finding.level}: {finding.what}: {finding.evidence}"
+        + (f"; {finding.remedy}" if finding.remedy else "")
+        for finding in findings
+    ]
+
+
+def describe_start(model: torch.nn.Module, plan: Plan, findings: list[Finding], console: Console) -> None:
+    """The table of what trains, a line for each finding, and a line for each way of using the result."""
+    console.print(assignment_table(plan.rows))
+    for line in [*describe_findings(findings), *(f"use it: {note}" for note in serving_notes(model, plan))]:
+        console.print(line, highlight=False, markup=False)
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+def predict_memory(
+    config: Config,
+    rules: Sequence[tuple[str, Policy]],
+    model: torch.nn.Module,
+    batches: list[Batch],
+    new_tokens: NewTokens,
+    precision: Literal["bf16", "fp32"],
+    device: torch.device,
+) -> Prediction | str:
+    """Of a step with the largest of these micro-batches; a sentence where this model or plan cannot be predicted."""
+    settings = StepSettings(
+        precision=precision, gradient_checkpointing=config.train.gradient_checkpointing, optimizer=config.optim.name,
+        double=config.quantise.double, micro_batches=len(batches), device=device.type,
+    )  # fmt: skip
+    largest = max(batches, key=lambda batch: batch.inputs["input_ids"].numel())
+    body = [rule for rule in rules if not rule[0].startswith("heads")]  # read-outs are small, and not of the config
+    try:
+        return predict_step(model.config, body, largest, settings, new_tokens)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, VlmtuneError) as error:
+        # the run itself does not depend on it
+        return f"not predicted for this model ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """What the model's weights and buffers take, constants of quantised weights included."""
+    weights, constants = stored_bytes(model)
+    return weights + constants + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+
+
+class MemoryReport:
+    """Compares the prediction with what the first step of this process took, prints a line and writes memory.json.
+
+    A resumed run has the optimizer's state from the beginning, so its first step is like any later one.
+    """
+
+    def __init__(self, prediction: Prediction | str, meter: PeakMeter, console: Console, file: Path, is_resumed: bool):
+        self.prediction, self.meter, self.console, self.file = prediction, meter, console, file
+        self.is_resumed, self.is_due = is_resumed, True
+
+    def on_step(self, state: Any, metrics: dict[str, Any]) -> None:
+        if not self.is_due:
+            return
+        self.is_due = False
+        record: dict[str, Any] = {"measured": self.meter.peak()}
+        if isinstance(self.prediction, str):
+            record["predicted"], said = None, self.prediction
+        else:
+            found = self.prediction
+            predicted = found.total if self.is_resumed else found.first_step
+            record |= {"predicted": predicted, "predicted_later": found.total, "at": found.peak[0],
+                       "items": found.peak[1].items, "image_share": found.image_share}  # fmt: skip
+            said = f"predicted {predicted / MIB:,.0f} MiB for this step, {found.total / MIB:,.0f} for later ones"
+        self.file.write_text(json.dumps(record, indent=1))
+        measured = record["measured"]
+        seen = "not measured on this system" if measured is None else f"measured {measured / MIB:,.0f} MiB"
+        if measured is not None and record["predicted"]:
+            seen += f" ({measured / record['predicted'] - 1:+.0%})"
+        self.console.print(f"memory: {said}; {seen}", highlight=False, markup=False)
+
+    def on_eval(self, state: Any, metrics: dict[str, Any]) -> None:
+        """Evaluations have peaks of their own."""
