@@ -86,3 +86,10 @@ def test_sizes():
     assert parse_memory("1.5g") == 3 * 2**29 and parse_memory("500MB") == 500 * 2**20
     with pytest.raises(VlmtuneError, match="is not a size"):
         parse_memory("")
+
+
+def test_the_embedded_model_has_a_plan(vlmtune):
+    """Its tower is no transformer: what comes out of it is what its config says, 36 tokens an image."""
+    code, out, err = vlmtune("plan", "embedded", "--memory", "2GB", "--device", "cpu", "--json")
+    assert (code, err) == (0, "")
+    assert "1 image(s) of 672x672 pixels (36 tokens)" in json.loads(out)["data"]

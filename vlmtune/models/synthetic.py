@@ -175,14 +175,22 @@ def _images(config: PreTrainedConfig, shape: BatchShape) -> _Images:
     size, patch = _pair(vision.image_size), _pair(vision.patch_size)
     patches = size[0] // patch[0] * (size[1] // patch[1])
     marked = config.mm_tokens_per_image if kind == "gemma3" else patches
-    if kind == "llava" and config.vision_feature_select_strategy == "full":
-        marked += 1
+    if kind == "llava":
+        marked = _llava_tokens(config, patches)
     if kind == "llava_next":
         raise VlmtuneError(
             "the memory of llava_next cannot be predicted from config.json: its tiles depend on the processor; "
             "use --data with a config, or another family."
         )
     return _Images(marked, marked, lambda b, n: {"pixel_values": _ones(b * n, 3, *size)})
+
+
+def _llava_tokens(config: Any, patches: int) -> int:
+    """A class token is there in CLIP's towers only; "default" drops the first token, whatever it is."""
+    if not hasattr(config.vision_config, "num_hidden_layers"):  # no transformer: the config says what comes out of it
+        return config.image_seq_length
+    has_class_token = config.vision_config.model_type == "clip_vision_model"
+    return patches + has_class_token - (config.vision_feature_select_strategy == "default")
 
 
 def _qwen_images(config: Any, vision: Any, shape: BatchShape) -> _Images:
