@@ -33,6 +33,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/losses/cross_entropy.py
 	$(BIN)/python benchmarks/data/index.py
 	$(BIN)/python benchmarks/losses/study.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory/measure.py
+	$(BIN)/python benchmarks/ranks/study.py
 
 # Train the embedded model's projector and language model again (about three hours on one core) and put them into the package.
 base-weights: $(READY)
