@@ -19,7 +19,7 @@ from torch import nn
 
 from vlmtune import __version__
 from vlmtune.adapt.fisher import fisher_traces, linear_modules
-from vlmtune.adapt.plan import tied_head_names
+from vlmtune.adapt.plan import assign_rules
 from vlmtune.adapt.rank_budget import allocate_ranks
 from vlmtune.build import (
     build_encoder,
@@ -36,7 +36,6 @@ from vlmtune.build import (
 from vlmtune.config import Config, Rule, parse_config
 from vlmtune.data.batch import collate
 from vlmtune.data.loader import Steps
-from vlmtune.models.anatomy import canonical_parameters
 from vlmtune.models.quantise import place
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.precision import autocast, resolve_precision
@@ -103,8 +102,7 @@ def choose_ranks(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     base = load_base(config)
-    parameters = canonical_parameters(base.model)
-    names = [*parameters, *tied_head_names(base.model, parameters, policies(config))]
+    names = list(assign_rules(base.model, policies(config)))
     linear = linear_modules(base.model)
     modules = adapted_modules(config.plan, names, linear)
     _require_room(modules, budget)

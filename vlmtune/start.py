@@ -103,9 +103,8 @@ def predict_memory(
         double=config.quantise.double, micro_batches=len(batches), device=device.type,
     )  # fmt: skip
     largest = max(batches, key=lambda batch: batch.inputs["input_ids"].numel())
-    body = [rule for rule in rules if not rule[0].startswith("heads")]  # read-outs are small, and not of the config
     try:
-        return predict_step(model.config, body, largest, settings, new_tokens)
+        return predict_step(model.config, rules, largest, settings, new_tokens)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, VlmtuneError) as error:
         # the run itself does not depend on it
         return f"not predicted for this model ({type(error).__name__}: {' '.join(str(error).split())[:160]})"

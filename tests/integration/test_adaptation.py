@@ -239,6 +239,17 @@ def test_a_bf16_base_trains_and_exports(vlmtune, write_config, tiny_folder, rows
     assert float((logits_of(merged, inputs) - full).abs().max()) < 1e-4 * float(full.abs().max())
 
 
+def test_a_tied_head_is_adapted_over_a_quantised_model(vlmtune, write_config, tiny_folder):
+    plan = [
+        {"match": "lm_head", "train": "lora", "rank": 4},
+        {"match": "language", "train": "lora", "rank": 4, "store": "nf4"},
+        {"match": "*", "train": "frozen"},
+    ]
+    run = trained(vlmtune, write_config, "run", plan, model=str(tiny_folder("gemma3")))
+    methods = {row["rule"]: row["method"] for row in json.loads((run / "assignment.json").read_text())}
+    assert methods["lm_head"] == "lora r4 α8" and methods["language"] == "lora r4 α8 on nf4"
+
+
 @pytest.mark.parametrize("family", ["gemma3", "internvl", "embedded"])
 def test_lora_on_a_tied_head_leaves_the_embedding_alone(family, vlmtune, write_config, tmp_path, request):
     """Merged into the shared weight it would change the embedding too, so the export has a head of its own."""
@@ -246,6 +257,7 @@ def test_lora_on_a_tied_head_leaves_the_embedding_alone(family, vlmtune, write_c
     folder = folder or request.getfixturevalue("tiny_folder")(family)
     plan = [{"match": "lm_head", "train": "lora", "rank": 4}, {"match": "*", "train": "frozen"}]
     run = trained(vlmtune, write_config, "run", plan, model=str(folder))
+    assert json.loads((run / "memory.json").read_text())["predicted"] > 0
     table = {row["rule"]: row for row in json.loads((run / "assignment.json").read_text())}
     assert table["lm_head"]["trainable"] == table["lm_head"]["parameters"] > 0
     code, _, err = vlmtune("export", run, tmp_path / "merged")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmtune.adapt.ledger import Ledger, Peak
-from vlmtune.adapt.plan import Plan, Policy, apply_plan
+from vlmtune.adapt.plan import Plan, Policy, apply_plan, assign_rules
 from vlmtune.adapt.prediction import FIRST_UPDATE, LATER_UPDATE, Prediction, StepSettings
 from vlmtune.adapt.stored import StoredLinear, quantise_base_weights
 from vlmtune.losses.objective import Objective, StepWeights
@@ -20,7 +20,6 @@ from vlmtune.models.vocabulary import NewTokens
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import build_adamw, usable_here
 from vlmtune.optim.precision import autocast
-from vlmtune.rules import assign
 from vlmtune.types import Batch
 
 Rules = Sequence[tuple[str, Policy]]
@@ -85,7 +84,8 @@ def _planned(model: nn.Module, rules: Rules, settings: StepSettings, new_tokens:
     """
     rules = [rule for rule in rules if rule[0].split(".")[0] != HEADS]
     parameters = canonical_parameters(model)
-    store = {id(parameters[name]): policy.store for name, (_, policy) in assign(rules, parameters).items()}
+    assignment = assign_rules(model, rules)
+    store = {id(parameter): assignment[name][1].store for name, parameter in parameters.items()}
     plan = apply_plan(model, rules, "config.json", 0, new_tokens)
     compute = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     quantise_base_weights(model, store, settings.double, compute)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from vlmtune.models.quantise import QUANTISED, has_data, is_quantised, stored_as
 from vlmtune.models.vocabulary import NewTokens
 from vlmtune.rules import assign, compile_pattern
 from vlmtune.types import VlmtuneError
+
+TIED_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,12 @@ def apply_plan(
     if len(policies) < len(rules):
         twice = next(pattern for n, (pattern, _) in enumerate(rules) if pattern in [p for p, _ in rules[:n]])
         raise VlmtuneError(f"plan: two rules for {twice!r}; the second would never apply, remove one.")
-    tied_head = tied_head_names(model, names, rules)
-    assignment = assign(rules, [*names, *tied_head])
+    assignment = assign_rules(model, rules)
     unreachable = unreachable_parameters(model)
     parts_with_new_rows = _parts_with_new_rows(assignment, new_tokens)
-    if parts_with_new_rows and tied_head:
+    if parts_with_new_rows and assignment.keys() - names.keys():
         raise VlmtuneError(
-            f"plan: rule {assignment[tied_head[0]][0]!r} adapts a head that is tied to the embedding, whose new rows "
+            f"plan: rule {assignment[TIED_HEAD][0]!r} adapts a head that is tied to the embedding, whose new rows "
             "train on their own; remove that rule, or say train: full of embed."
         )
     _require_heads_train(assignment)
@@ -171,15 +172,18 @@ def apply_plan(
     )
 
 
-def tied_head_names(model: nn.Module, names: Mapping[str, nn.Parameter], rules: list[tuple[str, Policy]]) -> list[str]:
-    """The head's name where it is tied to the embedding and a rule puts an adapter on it.
+def assign_rules(model: nn.Module, rules: Sequence[tuple[str, Policy]]) -> dict[str, tuple[str, Policy]]:
+    """Canonical name of every parameter -> (pattern, policy) of its rule, as `rules.assign`.
 
-    The shared weight is `embed.weight` and follows that rule; the adapter stands at the head alone.
+    Where the head is tied to the embedding and a rule puts an adapter on it, the head has a name too (TIED_HEAD): the
+    shared weight is `embed.weight` and follows that rule, the adapter stands at the head alone.
     """
-    name = "lm_head.weight"
-    wanted = any(policy.train in ADAPTED and compile_pattern(rule).match(name) for rule, policy in rules
-                 if part_of(rule) == "lm_head")  # fmt: skip
-    return [name] if wanted and name not in names and model.get_output_embeddings() is not None else []
+    names = list(canonical_parameters(model))
+    adapts_head = any(
+        policy.train in ADAPTED and part_of(rule) == "lm_head" and compile_pattern(rule).match(TIED_HEAD)
+        for rule, policy in rules
+    )
+    return assign(rules, names + [TIED_HEAD] * (adapts_head and TIED_HEAD not in names))
 
 
 def base_digest(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Policy]]) -> dict[str, str]:

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from vlmtune.adapt.methods import is_linear
-from vlmtune.adapt.plan import Policy
-from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, part_of
+from vlmtune.adapt.plan import Policy, assign_rules
+from vlmtune.models.anatomy import anatomy_of, canonical_name, part_of
 from vlmtune.models.quantise import QUANTISED, Quantisation
-from vlmtune.rules import assign
 from vlmtune.types import VlmtuneError
 
 
@@ -31,7 +30,7 @@ def wanted_quantisation(
     anatomy = anatomy_of(shape)
     # read-outs are attached later and are never quantised: their rules cover nothing here
     rules = [rule for rule in rules if not rule[0].startswith("heads")]
-    assignment = assign(rules, canonical_parameters(shape))
+    assignment = assign_rules(shape, rules)
     modules: list[str] = []
     for path, module in shape.named_modules():
         name = canonical_name(anatomy, f"{path}.weight") if is_linear(module) else None
