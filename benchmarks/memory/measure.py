@@ -340,8 +340,8 @@ def main() -> None:
     for name in names:
         rows.append(in_child(name))
         print(line(rows[-1]), f"  ({rows[-1]['seconds_to_predict']:.1f} s)", flush=True)
-        if not options.names:
-            write_results(rows, bits)
+    if not options.names:  # all of them or none: half a table would pass for the whole
+        write_results(rows, bits)
 
 
 if __name__ == "__main__":
