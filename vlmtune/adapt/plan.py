@@ -14,6 +14,7 @@ from vlmtune.adapt.library import inject
 from vlmtune.adapt.methods import ADAPTED, Adapter, Target, build_adapters, find_targets, rank_of
 from vlmtune.adapt.new_rows import NEW_ROWS, split_new_rows
 from vlmtune.models.anatomy import (
+    Anatomy,
     anatomy_of,
     canonical_name,
     canonical_parameters,
@@ -58,8 +59,8 @@ class Plan:
     """The outcome of applying rules to a model.
 
     parameters: canonical name of every trainable parameter -> parameter; rule_of: the same names -> rule pattern;
-    adapter_parameters: those of the names that adapters brought; rows: the assignment table; adapters: what peft put
-    in; new_tokens: what the base model lacks; base: digest of the base model's weights, per part.
+    rows: the assignment table; adapters: what peft put in; adapter_parameters: names that adapters brought, fixed ones
+    too; new_tokens: what the base model lacks; base: digests of the base model's weights (`base_digest`).
     """
 
     parameters: dict[str, nn.Parameter]
@@ -140,23 +141,9 @@ def apply_plan(
     added = inject(model, adapters, seed)
     if parts_with_new_rows:
         split_new_rows(model, parts_with_new_rows, new_tokens)
-    brought = {canonical_name(anatomy, name) for name, _ in model.named_parameters()} - names.keys()
-    added = {canonical_name(anatomy, name) for name in added}
     after = canonical_parameters(model)
-    owners = {canonical_name(anatomy, f"{path}.x").removesuffix("x"): target.rule for path, target in
-              sorted(((t.path, t) for t in targets), key=lambda pair: -len(pair[0]))}  # fmt: skip
-    rule_of = {name: assignment[name][0] if name in assignment else _rule_of_new(name, owners, assignment)
-               for name in after}  # fmt: skip
-    for name, parameter in after.items():  # after the injection: peft freezes everything but its adapter
-        method = policies[rule_of[name]].train
-        full = method == "full" and name not in unreachable
-        parameter.requires_grad_(full or name in added or (method == "new_rows" and _is_new_row(name)))
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()  # what learns is kept in float32: bf16 loses small updates
-    for pattern, policy in rules:
-        mine = [p for name, p in after.items() if rule_of[name] == pattern]
-        if policy.train != "frozen" and not any(p.requires_grad for p in mine):
-            raise VlmtuneError(f"plan: rule {pattern!r} says {policy.train}, but none of its parameters can learn.")
+    rule_of = _rules_of(after, anatomy, assignment, targets)
+    _set_trainable(after, rule_of, policies, unreachable, {canonical_name(anatomy, name) for name in added})
     trainable = {name: parameter for name, parameter in after.items() if parameter.requires_grad}
     if not trainable:
         raise VlmtuneError("plan: every rule says frozen, so nothing would train; give one rule train: full or lora.")
@@ -166,7 +153,7 @@ def apply_plan(
         policies=policies,
         rows=_rows(after, rule_of, policies, unreachable, len(new_tokens), targets),
         adapters=adapters,
-        adapter_parameters=frozenset(brought - {name for name in after if _is_new_row(name)}),
+        adapter_parameters=frozenset(name for name in after if name not in names and not _is_new_row(name)),
         new_tokens=new_tokens,
         base=base,
     )
@@ -187,22 +174,19 @@ def assign_rules(model: nn.Module, rules: Sequence[tuple[str, Policy]]) -> dict[
 
 
 def base_digest(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Policy]]) -> dict[str, str]:
-    """part -> digest of its weights as the base model has them, a few numbers of each tensor.
+    """Canonical name -> digest of a few numbers of that tensor as the base model has it.
 
-    What a rule keeps quantised is left out, so that a base and its quantised copy have one digest; read-outs are left
-    out because they are not the base's.
+    What a rule keeps quantised is left out: a base and its quantised copy are the same base. So are read-outs, which
+    are not the base's.
     """
-    parts: dict[str, Any] = {}
+    digests: dict[str, str] = {}
     for name, parameter in names.items():
-        part = part_of(name)
-        if part == "heads" or assignment[name][1].store in QUANTISED or not has_data(parameter):
+        if part_of(name) == "heads" or assignment[name][1].store in QUANTISED or not has_data(parameter):
             continue
         flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // 16)][:32].float().cpu()
-        digest = parts.setdefault(part, hashlib.sha256())
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(some.numpy().tobytes())
-    return {part: digest.hexdigest()[:16] for part, digest in parts.items()}
+        some = flat[:: max(1, flat.numel() // 16)][:32].float().cpu().numpy().tobytes()
+        digests[name] = hashlib.sha256(f"{tuple(parameter.shape)}".encode() + some).hexdigest()[:12]
+    return digests
 
 
 def _store(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Policy]]) -> None:
@@ -243,14 +227,51 @@ def _require_heads_train(assignment: dict[str, tuple[str, Policy]]) -> None:
             )
 
 
-def _rule_of_new(name: str, owners: dict[str, str], assignment: dict[str, tuple[str, Policy]]) -> str:
-    """The rule of a parameter that the base model does not have: that of the module it belongs to.
+def _rules_of(
+    names: Mapping[str, nn.Parameter],
+    anatomy: Anatomy,
+    assignment: Mapping[str, tuple[str, Policy]],
+    targets: Sequence[Target],
+) -> dict[str, str]:
+    """Canonical name -> rule, after the injection: what an adapter brought has the rule of its module, a new row that
+    of its table."""
+    owners = {canonical_name(anatomy, f"{target.path}.x").removesuffix("x"): target.rule for target in targets}
+    inner_first = sorted(owners, key=len, reverse=True)
 
-    owners: prefix of canonical names below an adapted module -> its rule, inner modules first.
+    def rule(name: str) -> str:
+        if name in assignment:
+            return assignment[name][0]
+        if _is_new_row(name):
+            return assignment[name.replace(f".{NEW_ROWS}.", ".")][0]
+        return owners[next(prefix for prefix in inner_first if name.startswith(prefix))]
+
+    return {name: rule(name) for name in names}
+
+
+def _set_trainable(
+    names: Mapping[str, nn.Parameter],
+    rule_of: Mapping[str, str],
+    policies: Mapping[str, Policy],
+    unreachable: set[str],
+    added: set[str],
+) -> None:
+    """requires_grad of every parameter, after the injection: peft freezes everything but its adapters.
+
+    added: names of the trainable parameters of adapters. Raises VlmtuneError for a rule under which nothing can learn.
     """
-    if _is_new_row(name):
-        return assignment[name.replace(f".{NEW_ROWS}.", ".")][0]
-    return next(rule for prefix, rule in owners.items() if name.startswith(prefix))
+    learns: set[str] = set()
+    for name, parameter in names.items():
+        method = policies[rule_of[name]].train
+        full = method == "full" and name not in unreachable
+        parameter.requires_grad_(full or name in added or (method == "new_rows" and _is_new_row(name)))
+        if not parameter.requires_grad:
+            continue
+        learns.add(rule_of[name])
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()  # what learns is kept in float32: bf16 loses small updates
+    for pattern, policy in policies.items():
+        if policy.train != "frozen" and pattern not in learns:
+            raise VlmtuneError(f"plan: rule {pattern!r} says {policy.train}, but none of its parameters can learn.")
 
 
 def _is_new_row(name: str) -> bool:

@@ -35,12 +35,12 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
 
 def require_same_plan(stored: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Raises VlmtuneError where a checkpoint belongs to another base model, or to a plan with other adapters."""
-    for part, digest in stored["base"].items():
-        if now["base"].get(part, digest) != digest:
-            raise VlmtuneError(
-                f"{where} was trained on another base model: its {part} had other weights than this one's. Use the "
-                "model that the run was trained on."
-            )
+    other = [name for name, digest in stored["base"].items() if now["base"].get(name, digest) != digest]
+    if other:
+        raise VlmtuneError(
+            f"{where} was trained on another base model: {len(other)} of {len(stored['base'])} tensors had other "
+            f"weights there, first {other[0]}. Use the model that the run was trained on."
+        )
     before = {adapter["name"]: adapter for adapter in stored["adapters"]}
     after = {adapter["name"]: adapter for adapter in now["adapters"]}
     for name in [*before, *(name for name in after if name not in before)]:

@@ -205,7 +205,10 @@ def test_the_record_of_a_plan_tells_plans_apart(tiny_folder):
     for other, message in (
         (record(rank=2), r"HERE: .* has rank 4, in the plan 2"),
         (record(train="ia3", rank=16), r"adapter 'default' is lora, in the plan ia3"),
-        (record(seed=1), r"HERE was trained on another base model: its vision had other weights"),
+        (
+            record(seed=1),
+            r"HERE was trained on another base model: \d+ of \d+ tensors had .* first vision",
+        ),
     ):
         with pytest.raises(VlmtuneError, match=message):
             require_same_plan(first, other, "HERE")
@@ -227,7 +230,9 @@ def test_a_quantised_copy_has_the_digest_of_its_base(tiny_folder):
     one = apply_plan(quantised, rules, "base", 0).base
     full = [(pattern, policy if policy.store == "fp32" else Policy("lora", rank=4)) for pattern, policy in rules]
     other = apply_plan(load_model(str(tiny_folder("llava"))), full, "base", 0).base
-    assert "language" in other and all(other[part] == digest for part, digest in one.items()) and len(one) >= 4
+    assert all(other[name] == digest for name, digest in one.items())
+    missing = other.keys() - one.keys()  # what is quantised: the whole rule's
+    assert missing and {name.split(".")[0] for name in missing} == {"language"}
 
 
 def test_the_learning_rate_of_b(llava):
