@@ -58,6 +58,7 @@ METHODS: dict[str, Method] = {
         Policy("prefix", lr=1e-2, options={"length": 4, "gated": False}), identity=None, merges=False
     ),
     "loha": Method(_peft("loha", r=2)),
+    "lokr": Method(_peft("lokr", r=2)),
     "oft": Method(_peft("oft", r=0, oft_block_size=8), identity=ROUNDING),
     "boft": Method(_peft("boft"), identity=ROUNDING),
     "vera": Method(_peft("vera", r=8)),

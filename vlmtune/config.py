@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vlmtune.data.prompts import system_prompt
 from vlmtune.data.templates import TemplateWish
@@ -190,8 +190,24 @@ class Data(Strict):
         return self
 
 
-RANK_KINDS = Literal["qk", "vo", "up", "down", "cross", "other"]
-Rank = Annotated[int, Field(ge=1)]
+RankKind = Literal["qk", "vo", "up", "down", "cross", "other"]
+
+
+def _rank(value: Any) -> Any:
+    """One sentence for whatever is no rank; pydantic would complain once for each form that it could have had."""
+
+    def is_rank(number: Any) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+    kinds = get_args(RankKind)
+    if is_rank(value) or value is None:
+        return value
+    if isinstance(value, dict) and value and set(value) <= set(kinds) and all(map(is_rank, value.values())):
+        return value
+    raise ValueError(f"write a whole number from 1 up, or one for each kind: {{qk: 8, vo: 16}} with {', '.join(kinds)}")
+
+
+RankValue = Annotated[int | dict[RankKind, int] | None, BeforeValidator(_rank)]
 
 
 class Rule(Strict):
@@ -201,7 +217,7 @@ class Rule(Strict):
     train: Literal["frozen", "full", "lora", "ia3", "adapter", "cross_modal", "prefix", "peft", "new_rows"]
     lr: float | None = Field(None, gt=0, description="learning rate (default: optim.lr)")
     weight_decay: float | None = Field(None, ge=0, description="(default: optim.weight_decay)")
-    rank: Rank | dict[RANK_KINDS, Rank] | None = Field(
+    rank: RankValue = Field(
         None, description="LoRA rank, or one for each kind of module: {qk: 8, vo: 16, up: 32, down: 16} (default 16)"
     )
     alpha: float | None = Field(None, gt=0, description="LoRA alpha (default: 2 x rank)")
@@ -227,12 +243,15 @@ class Rule(Strict):
             raise ValueError("lr and weight_decay mean nothing on frozen parameters")
         if self.init != "keep" and self.train != "full":
             raise ValueError(f"init: {self.init} throws weights away, so they must all learn again: train: full")
+        if self.store in ("nf4", "int8") and self.train in ("full", "new_rows"):
+            raise ValueError(
+                f"store: {self.store} with train: {self.train}: quantised weights have no gradient; say train: lora "
+                "(or another adapter), or leave store out"
+            )
         if self.store != "fp32" and self.train in ("full", "new_rows"):
             raise ValueError(
                 f"store: {self.store} with train: {self.train} would lose small updates; what trains is kept in float32"
             )
-        if self.rank == {}:
-            raise ValueError("rank gives no kind a rank; write a number, or {qk: 8, …}")
         return self
 
 

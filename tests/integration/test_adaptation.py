@@ -310,7 +310,11 @@ def test_the_adapter_of_another_base_model_is_refused(vlmtune, write_config, tin
         (with_language(train="peft", method="adalora"), "use train: lora with ranks from `vlmtune ranks`"),
         (with_language(train="peft"), "train: peft needs one"),
         (with_language(train="ia3", rank=4), "rank only mean something with train: lora"),
-        (with_language(train="full", store="nf4"), "store: nf4 with train: full would lose small updates"),
+        (with_language(train="full", store="nf4"), "store: nf4 with train: full: quantised weights have no gradient"),
+        (with_language(train="full", store="bf16"), "store: bf16 with train: full would lose small updates"),
+        (with_language(train="lora", rank="many"), "plan.1.rank: write a whole number from 1 up, or one for each kind"),
+        (with_language(train="lora", rank={"upp": 4}), "plan.1.rank: write a whole number from 1 up"),
+        (with_language(train="lora", rank={}), "plan.1.rank: write a whole number from 1 up"),
         (with_language(train="lora", init="xavier"), "they must all learn again: train: full"),
         (with_language(train="adapter", options={"dim": 0}), "dim"),
         (

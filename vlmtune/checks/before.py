@@ -14,7 +14,7 @@ from vlmtune.models.anatomy import canonical_parameters, part_of
 from vlmtune.models.initialise import XAVIER_LIMIT
 from vlmtune.types import Finding
 
-_ZERO_AT_START = ("lora_B", "bottleneck_up", "crossmodal_up", "prefixkv_gate", "hada_w2_b", "lokr_w2_b")
+_ZERO_AT_START = ("lora_B", "bottleneck_up", "crossmodal_up", "prefixkv_gate")
 """Tensors that start at zero so that the adapted model starts as the base model."""
 
 _OWN_START = ("pissa", "olora", "gaussian", "orthogonal", "false")

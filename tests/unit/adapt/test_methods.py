@@ -257,4 +257,4 @@ def test_no_adapter_decays(method, tiny_folder):
 
 
 def test_the_matrix_names_methods_of_peft():
-    assert {policy.language.method for policy in METHODS.values()} - {""} == {"loha", "oft", "boft", "vera"}
+    assert {policy.language.method for policy in METHODS.values()} - {""} == {"loha", "lokr", "oft", "boft", "vera"}
