@@ -121,6 +121,7 @@ def read_state(folder: Path) -> dict:
 
 def load_weights(folder: Path, model: torch.nn.Module, plan: Plan) -> dict:
     """Put a checkpoint's weights into a model to which its plan was applied; returns state.json."""
+    folder = folder.resolve()  # "latest" is a link; what is damaged, and may be deleted, is the folder behind it
     described = read_state(folder)
     _verify(folder, described)
     if described.get("new_tokens", NO_NEW_TOKENS) != _new_tokens(plan):

@@ -183,7 +183,7 @@ def _export_adapter(loaded: Loaded, run: Path, checkpoint: str, folder: Path, co
             again = load_run(draft, "latest", as_stored=False).model
             modules: list[str] = []
         else:
-            modules = write_peft_folder(loaded.model, loaded.plan, draft)
+            modules = write_peft_folder(loaded.model, loaded.plan, loaded.model_path, draft)
             again = load_plain_peft(load_model(loaded.model_path), draft)
             save_processor(loaded.encoder.processor, loaded.model_path, draft)
         gap = _gap(_logits(again, batch), reference)
@@ -198,7 +198,8 @@ def _export_adapter(loaded: Loaded, run: Path, checkpoint: str, folder: Path, co
     loads = (
         f"loads with vlmtune, not with plain peft ({reason}): vlmtune predict … --model {folder}"
         if reason
-        else f"loads with peft: PeftModel.from_pretrained(base, {str(folder)!r})"
+        else f"loads with peft, PeftModel.from_pretrained(base, {str(folder)!r}), on the base {loaded.model_path}; and "
+        f"with vlmtune predict … --model {folder}"
     )
     console.print(
         f"{folder}: {loads}; reloaded logits agree to {gap:.1e}", highlight=False, markup=False, soft_wrap=True

@@ -83,7 +83,7 @@ def plan_model(
     shape = _from_data(data, config, console) if data else _assumed(config, tokens, images, max_pixels)
     reserve = int(CONTEXT + FRAGMENTED * limit) if device == "cuda" else 0
     decision = decide(config, limit, goal, shape.batch, device, reserve=reserve)
-    answer = _answer(name, limit, reserve, device, goal, shape, decision)
+    answer = _answer(model if model.startswith("embedded") else name, limit, reserve, device, goal, shape, decision)
     if as_json:
         console.print_json(json.dumps(answer))
     else:

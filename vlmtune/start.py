@@ -40,7 +40,8 @@ def first_micro_batches(steps: Steps) -> list[Batch]:
 def assignment_table(rows: list[dict]) -> Table:
     table = Table(title="what trains, and how", title_justify="left")
     for name in ("part", "rule", "method", "modules", "tensors", "parameters", "trainable", "lr", "weight decay"):
-        table.add_column(name, justify="left" if name in ("part", "rule", "method") else "right")
+        is_text = name in ("part", "rule", "method")  # folded, because a rule that is cut could be any other
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in rows:
         sizes = [f"{row[name]:,}" for name in ("modules", "tensors", "parameters", "trainable")]
         rates = ["" if row[name] is None else f"{row[name]:g}" for name in ("lr", "weight_decay")]

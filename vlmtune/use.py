@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from vlmtune.adapt.peft_folder import load_plain_peft
 from vlmtune.adapt.plan import Plan, apply_plan
 from vlmtune.build import (
     best_device,
@@ -149,8 +151,7 @@ def predict(
         system = loaded.config.data.system if system is None else system
     else:
         path = resolve_model(model)
-        network, precision = load_model(path).eval(), "fp32"
-        encoder = build_encoder(load_processor(path), network)
+        network, encoder, precision = *_load_exported(Path(model), path), "fp32"
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
     if system is not None:
         sample = with_system(sample, system_prompt(system))
@@ -162,6 +163,17 @@ def predict(
     with autocast(precision, network.device):
         masks = _masks(network, encoder, sample, text, boxes) if with_masks else []
     return Prediction(text, boxes, points, clicks, masks)
+
+
+def _load_exported(folder: Path, path: str) -> tuple[torch.nn.Module, Encoder]:
+    """A model folder or hub name, or a folder of a peft adapter, which names its base."""
+    described = folder / "adapter_config.json"
+    if not described.is_file():
+        network = load_model(path).eval()
+        return network, build_encoder(load_processor(path), network)
+    base = load_model(json.loads(described.read_text())["base_model_name_or_path"])
+    encoder = build_encoder(load_processor(path), base)
+    return load_plain_peft(base, folder), encoder
 
 
 def _masks(network, encoder: Encoder, sample: Sample, text: str, boxes: list[Box]) -> list[Image.Image]:

@@ -138,7 +138,7 @@ def test_the_mixed_plan_from_start_to_export(vlmtune, write_config, rows, inputs
     code, _, err = vlmtune("export", run, tmp_path / "merged")
     assert code == 1 and "bottleneck adapters cannot be merged" in err and "--as adapter" in err
     code, out, err = vlmtune("export", run, tmp_path / "adapter", "--as", "adapter")
-    assert (code, err) == (0, "") and "it has no bottleneck adapters" in out
+    assert (code, err) == (0, "") and "peft has no bottleneck adapters" in out
     assert not list((tmp_path / "adapter").rglob("optimizer.safetensors"))
     shutil.move(run, tmp_path / "elsewhere")
     one = logits_of(load_run(tmp_path / "elsewhere", "latest").model, inputs)
@@ -160,7 +160,7 @@ def test_the_mixed_plan_from_start_to_export(vlmtune, write_config, rows, inputs
     ],
     ids=["lora", "ranks by kind", "dora", "ia3", "loha", "vera"],
 )
-def test_an_adapter_folder_for_plain_peft(rule, vlmtune, write_config, tiny_folder, inputs, quiet, tmp_path):
+def test_an_adapter_folder_for_plain_peft(rule, vlmtune, write_config, tiny_folder, rows, inputs, quiet, tmp_path):
     """peft alone, on a fresh base: the adapter and the projector that was trained in full."""
     run = trained(vlmtune, write_config, "run", with_language(**rule))
     proof = export_run(run, "latest", tmp_path / "adapter", quiet, "adapter")
@@ -174,6 +174,11 @@ def test_an_adapter_folder_for_plain_peft(rule, vlmtune, write_config, tiny_fold
     assert torch.equal(logits_of(plain, inputs), ours)
     with plain.disable_adapter():
         assert torch.equal(logits_of(plain, inputs), logits_of(load_model(str(tiny_folder("llava"))), inputs))
+    said = [
+        vlmtune("predict", rows.parent / "0.png", "what is there", "--model", folder, "--max-new-tokens", 5)
+        for folder in (run, tmp_path / "adapter")
+    ]
+    assert said[0] == said[1] and said[0][0] == 0
 
 
 def test_lora_everywhere_loads_with_plain_peft(vlmtune, write_config, tiny_folder, inputs, quiet, tmp_path):
@@ -298,13 +303,29 @@ def test_the_adapter_of_another_base_model_is_refused(vlmtune, write_config, tin
 @pytest.mark.parametrize(
     ("plan", "complaint"),
     [
-        (with_language(train="lora", rank=65), "rank 65 exceeds model.language_model"),
+        (with_language(train="lora", rank=65), "rule 'language': rank 65 exceeds model.language_model"),
         (with_language(train="lora", rank={"qk": 4}), "is of kind 'vo'; add vo"),
         (
             with_language(train="lora", options={"use_dorra": True}),
-            "lora has no option 'use_dorra' (did you mean use_dora",
+            "rule 'language': lora has no option 'use_dorra' (did you mean use_dora",
         ),
         (with_language(train="lora", options={"init_lora_weights": "eva"}), "computed from data before training"),
+        (with_language(train="lora", options={"use_dora": 3}), "option use_dora of lora is 3; write true or false"),
+        (with_language(train="lora", options={"r": 3}), "did you mean rank, a field of the rule"),
+        (with_language(train="lora", options={"init_lora_weights": "foo"}), "foo is unknown; use gaussian, orthogonal"),
+        (
+            with_language(train="lora", store="nf4", options={"init_lora_weights": "pissa"}),
+            "takes a base weight apart, which store: nf4 has packed",
+        ),
+        (with_language(train="peft", method="loha", options={"r": "many"}), "option r of loha is 'many'"),
+        (with_language(train="cross_modal", options={"dim": 10, "heads": 3}), "rule 'language': cross_modal: dim 10"),
+        (
+            [
+                {"match": "language.layers.*.mlp", "train": "lora", "rank": {"qk": 4, "up": 4, "down": 4}},
+                {"match": "*", "train": "frozen"},
+            ],
+            "gives qk a rank, but covers no such module (only up, down)",
+        ),
         (with_language(train="peft", method="lohaa"), "did you mean loha"),
         (with_language(train="peft", method="vblora"), "keeps state outside of the layers"),
         (with_language(train="peft", method="adalora"), "use train: lora with ranks from `vlmtune ranks`"),

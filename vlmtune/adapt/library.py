@@ -36,6 +36,7 @@ def inject(model: nn.Module, adapters: list[Adapter], seed: int) -> set[str]:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several adapters are meant
             warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # merging unties it
+            warnings.filterwarnings("ignore", module=r"peft\.tuners\.(boft|vera|pvera)\.")  # of kernels, of seeds
             torch.manual_seed(seed)
             try:
                 # as peft.inject_adapter_in_model does, which refuses methods that share tensors drawn from a seed

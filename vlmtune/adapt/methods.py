@@ -41,7 +41,11 @@ _GIVEN_BY_US = frozenset({
 })  # fmt: skip
 """Fields of peft's configs that follow from the rule and are no `options`. Methods other than LoRA have an r there."""
 
+_RULE_FIELDS = {"r": ("rank, a field of the rule",), "lora_alpha": ("alpha, a field of the rule",),
+                "lora_dropout": ("dropout, a field of the rule",)}  # fmt: skip
+_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
 _NEEDS_DATA = {"eva", "corda", "loftq", "lora_ga"}
+_OF_REFUSED_STARTS = frozenset({"corda_config", "eva_config", "loftq_config", "lora_ga_config"})
 _SEEDED = ("vera", "pvera")
 """Methods whose layers share fixed projections, drawn anew from a seed of theirs wherever the adapter is loaded."""
 
@@ -209,22 +213,21 @@ def _config(targets: list[Target], base_name: str) -> PeftConfig:
         kind = IA3Config
         common["feedforward_modules"] = _exactly([path for path in paths if linear_role(path) == "down"])
     elif policy.train == "peft":
-        kind = _config_class(policy.method)
+        kind = _config_class(policy.method, targets[0].rule)
         common |= {"save_projection": False} if policy.method in _SEEDED else {}
     else:
         kind = _OURS[policy.train]
     options = dict(policy.options)
-    _require_known(kind, options, policy)
     where = f"plan: rule {targets[0].rule!r}: "
-    if policy.train == "lora" and str(options.get("init_lora_weights")).lower() in _NEEDS_DATA:
-        raise VlmtuneError(
-            f"{where}init_lora_weights: {options['init_lora_weights']} is computed from data before training, which "
-            "vlmtune does not do; use pissa, olora, orthogonal or true."
-        )
     try:
+        _require_known(kind, options, policy)
         return kind(**common, **options)
+    except VlmtuneError as error:
+        raise VlmtuneError(f"{where}{str(error).rstrip('.')}.") from error
     except (TypeError, ValueError, ImportError) as error:
-        raise VlmtuneError(f"{where}peft refuses {options} ({' '.join(str(error).split())}).") from error
+        raise VlmtuneError(
+            f"{where}peft refuses the options {options} ({' '.join(str(error).split()).rstrip('.')}); change them."
+        ) from error
 
 
 def _exactly(paths: list[str]) -> str:
@@ -242,6 +245,20 @@ def _lora_sizes(targets: list[Target]) -> dict[str, Any]:
         "rank_pattern": {f"^{re.escape(path)}$": r for path, (r, _) in sizes.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(path)}$": a for path, (_, a) in sizes.items() if a != alpha},
     }
+
+
+def require_kinds_used(targets: list[Target]) -> None:
+    """Raises VlmtuneError for a rank by kind of which the rule covers no module: a wish that would do nothing."""
+    for rule, policy in {target.rule: target.policy for target in targets if target.policy.train == "lora"}.items():
+        if isinstance(policy.rank, int):
+            continue
+        covered = {rank_kind(target.path) for target in targets if target.rule == rule}
+        idle = [kind for kind in policy.rank if kind not in covered]
+        if idle:
+            raise VlmtuneError(
+                f"plan: rule {rule!r} gives {idle[0]} a rank, but covers no such module (only "
+                f"{', '.join(kind for kind in RANK_KINDS if kind in covered)}); leave {idle[0]} out, or widen the rule."
+            )
 
 
 def rank_of(target: Target) -> int:
@@ -262,20 +279,20 @@ def alpha_of(target: Target) -> float:
     return 2.0 * rank_of(target) if target.policy.alpha is None else target.policy.alpha
 
 
-def _config_class(method: str) -> type[PeftConfig]:
+def _config_class(method: str, rule: str) -> type[PeftConfig]:
     """The config class of a method of peft that can be put into a model beside others. VlmtuneError for any other."""
     known = {kind.value.lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING}
     usable = sorted(known - _REFUSED.keys() - _unsuitable(known - _REFUSED.keys() - set(_SEEDED)))
     if method in usable:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
     if method in _REFUSED:
-        raise VlmtuneError(f"plan: method {method} of peft cannot be used so: {_REFUSED[method]}.")
+        raise VlmtuneError(f"plan: rule {rule!r}: method {method} of peft cannot be used so: {_REFUSED[method]}.")
     if method in known:
         why = "learns prompts, or keeps state outside of the layers that it adapts"
     else:
         near = difflib.get_close_matches(method, usable, 1)
         why = "is no method of peft's" + (f" (did you mean {near[0]}?)" if near else "")
-    raise VlmtuneError(f"plan: method {method!r} {why}; choose one of {', '.join(usable)}.")
+    raise VlmtuneError(f"plan: rule {rule!r}: method {method!r} {why}; choose one of {', '.join(usable)}.")
 
 
 def _unsuitable(methods: set[str]) -> set[str]:
@@ -289,11 +306,40 @@ def _unsuitable(methods: set[str]) -> set[str]:
 
 
 def _require_known(kind: type[PeftConfig], options: Mapping[str, Any], policy: Policy) -> None:
-    """Refuse an option that the method's config has no field for (PAINS 14), or that follows from the rule."""
+    """Refuse an option that the method's config has no field for (PAINS 14), that follows from the rule, or that is of
+    another type than its default."""
     ours = _GIVEN_BY_US - ({"r"} if policy.train == "peft" else set())
-    fields = sorted(set(inspect.signature(kind).parameters) - ours)
-    for name in options:
+    parameters = inspect.signature(kind).parameters
+    fields = sorted(set(parameters) - ours - _OF_REFUSED_STARTS)
+    name_of_method = policy.method or policy.train
+    for name, value in options.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
+            near = _RULE_FIELDS.get(name) or difflib.get_close_matches(name, fields, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise VlmtuneError(f"plan: {policy.method or policy.train} has no option {name!r} ({hint}).")
+            raise VlmtuneError(f"{name_of_method} has no option {name!r} ({hint})")
+        default = parameters[name].default
+        for wanted, words in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
+            if type(default) is not wanted or (name == "init_lora_weights" and isinstance(value, str)):
+                continue
+            fits = (int, float) if wanted is float else (wanted,)
+            if not isinstance(value, fits) or (wanted is not bool and isinstance(value, bool)):
+                raise VlmtuneError(f"option {name} of {name_of_method} is {value!r}; write {words}")
+    start = options.get("init_lora_weights", True)
+    if policy.train == "lora" and isinstance(start, str):
+        _require_start(start.lower(), policy)
+
+
+def _require_start(start: str, policy: Policy) -> None:
+    """How LoRA begins, by name."""
+    if start in _NEEDS_DATA:
+        raise VlmtuneError(
+            f"init_lora_weights: {start} is computed from data before training, which vlmtune does not do; use "
+            f"{', '.join(_STARTS)} or true"
+        )
+    if start not in _STARTS and not start.startswith("pissa_niter_"):
+        raise VlmtuneError(f"init_lora_weights: {start} is unknown; use {', '.join(_STARTS)}, true or false")
+    if start in ("pissa", "olora") and policy.store in ("nf4", "int8"):
+        raise VlmtuneError(
+            f"init_lora_weights: {start} takes a base weight apart, which store: {policy.store} has packed; use "
+            "store: bf16, or another start"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 from peft import PeftModel
@@ -16,10 +17,11 @@ from vlmtune.rules import compile_pattern
 from vlmtune.types import VlmtuneError
 
 
-def write_peft_folder(model: nn.Module, plan: Plan, folder: Path) -> list[str]:
+def write_peft_folder(model: nn.Module, plan: Plan, base: str, folder: Path) -> list[str]:
     """Write the plan's one adapter, and each module that was trained in full as one of peft's `modules_to_save`.
 
-    Returns those modules. Raises VlmtuneError where plain peft cannot hold what was trained.
+    base: the folder or hub name of the base model. Returns those modules. Raises VlmtuneError where plain peft cannot
+    hold what was trained.
     """
     reason = why_not_plain_peft(plan)
     if reason:
@@ -31,14 +33,16 @@ def write_peft_folder(model: nn.Module, plan: Plan, folder: Path) -> list[str]:
         state |= {f"{path}.{name}": value for name, value in model.get_submodule(path).state_dict().items()}
     config = copy.deepcopy(adapter.config)
     config.modules_to_save = modules or None
-    config.inference_mode = True
+    config.inference_mode, config.base_model_name_or_path = True, base
     save_adapter(_own_memory(state), config, folder)
     return modules
 
 
 def load_plain_peft(base: nn.Module, folder: Path) -> nn.Module:
-    """What a user of peft alone gets from such a folder."""
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+    """What a user of peft alone gets from such a folder: the base model, with the adapter and the modules in it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"peft\.|transformers\.")  # remarks to authors of code
+        return PeftModel.from_pretrained(base, str(folder)).eval().get_base_model()
 
 
 def _own_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:

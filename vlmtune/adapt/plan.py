@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlmtune.adapt.library import inject
-from vlmtune.adapt.methods import ADAPTED, Adapter, Target, build_adapters, find_targets, rank_of
+from vlmtune.adapt.methods import ADAPTED, Adapter, Target, build_adapters, find_targets, rank_of, require_kinds_used
 from vlmtune.adapt.new_rows import NEW_ROWS, split_new_rows
 from vlmtune.models.anatomy import (
     Anatomy,
@@ -206,6 +206,7 @@ def _store(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Poli
 
 
 def _require_ranks_fit(model: nn.Module, targets: list[Target]) -> None:
+    require_kinds_used(targets)
     for target in targets:
         if target.policy.train != "lora":
             continue
@@ -213,7 +214,8 @@ def _require_ranks_fit(model: nn.Module, targets: list[Target]) -> None:
         limit = min(module.in_features, module.out_features)
         if rank_of(target) > limit:
             raise VlmtuneError(
-                f"plan: rank {rank_of(target)} exceeds {target.path}'s smaller dimension {limit}; lower the rank."
+                f"plan: rule {target.rule!r}: rank {rank_of(target)} exceeds {target.path}'s smaller dimension "
+                f"{limit}; lower the rank."
             )
 
 
@@ -307,7 +309,7 @@ def _rows(
     new_tokens: int,
     targets: list[Target],
 ) -> list[dict]:
-    """One row per (part, rule): the assignment table of the console, assignment.json and the run page."""
+    """One row per (part, rule), in the order of rules: the table of the console, assignment.json and the run page."""
     rows: dict[tuple[str, str], dict] = {}
     for name, parameter in names.items():
         part, rule = part_of(name), rule_of[name]
@@ -328,7 +330,8 @@ def _rows(
             row["weight_decay"] = 0.0 if policy.train in ADAPTED else policy.weight_decay
             if len(row["examples"]) < 2:
                 row["examples"].append(name)
-    return list(rows.values())
+    order = list(policies)
+    return sorted(rows.values(), key=lambda row: order.index(row["rule"]))
 
 
 def size_of(parameter: nn.Parameter) -> int:

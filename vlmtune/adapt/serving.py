@@ -11,7 +11,11 @@ from vlmtune.adapt.methods import Adapter, alpha_of, rank_of
 from vlmtune.adapt.plan import Plan
 from vlmtune.models.anatomy import anatomy_of, canonical_name, part_of
 
-_NONLINEAR = {"adapter": "bottleneck adapters", "cross_modal": "cross-modal adapters", "prefix": "prefixes with a gate"}
+_NONLINEAR = {
+    "adapter": "bottleneck adapters",
+    "cross_modal": "cross-modal adapters",
+    "prefix": "prefixes in the attention",
+}
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # its option --max-lora-rank
 
 GGUF_REASON = (
@@ -38,10 +42,13 @@ def why_not_plain_peft(plan: Plan) -> str | None:
     if not plan.adapters:
         return "there is no adapter in the plan; its result is a whole model"
     if ours:
-        return f"it has no {ours}"
+        return f"peft has no {ours}"
     if len(plan.adapters) > 1:
         methods = ", ".join(adapter.method for adapter in plan.adapters)
-        return f"the plan has {len(plan.adapters)} adapters ({methods}), which it cannot have active together"
+        return (
+            f"rules with other methods, options or dropout make {len(plan.adapters)} adapters ({methods}), and peft "
+            "has one active at a time"
+        )
     if plan.new_tokens:
         return "the rows of new tokens are not part of a peft folder"
     if any(name.startswith("heads.") for name in plan.parameters):
@@ -91,12 +98,17 @@ def _scaling(adapter: Adapter, path: str) -> float:
 def serving_notes(model: nn.Module, plan: Plan) -> list[str]:
     """One line for every way of using the result: merged folder, plain peft, vLLM."""
     merged, peft, vllm = why_not_merged(plan), why_not_plain_peft(plan), why_not_vllm_lora(model, plan)
-    if merged is None:
-        notes = ["merged: `vlmtune export` writes a folder for plain from_pretrained, which vLLM serves too"]
+    own_tower = type(model.get_submodule(anatomy_of(model).vision)).__module__.startswith("vlmtune.")
+    if merged is not None:
+        notes = [f"merged: not possible, {merged}; keep it with `vlmtune export --as adapter`"]
+    elif own_tower:
+        notes = ["merged: `vlmtune export`, for from_pretrained after `import vlmtune.models.efficientnet` (its tower)"]
     else:
-        notes = [f"merged: not possible, {merged}; use it through vlmtune"]
+        notes = ["merged: `vlmtune export` writes a folder for plain from_pretrained, which vLLM serves too"]
     notes.append("plain peft: `vlmtune export --as adapter`" if peft is None else f"plain peft: no, {peft}")
-    if vllm is None:
+    if own_tower:
+        notes.append("vLLM: no, the vision tower is vlmtune's own")
+    elif vllm is None:
         rank = max(rank_of(target) for target in plan.adapters[0].targets.values())
         limit = next(size for size in _VLLM_RANKS if size >= rank)
         notes.append(f"vLLM beside the base model: --enable-lora --max-lora-rank {limit}")

@@ -6,6 +6,7 @@ CPUs (see `guard_gradients`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -59,7 +60,8 @@ def quantisation_config(wish: Quantisation, linear_modules: Sequence[str]) -> Bi
     """
     require_bitsandbytes(f"store: {wish.storage}")
     others = [path for path in linear_modules if path not in set(wish.modules)]
-    if wish.storage == "int8":
+    if wish.storage == "int8":  # its products run in float16, which it says at every single one
+        warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=others)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -94,7 +94,7 @@ def test_ranks_by_kind_reach_peft(model):
 
 
 def test_a_kind_without_a_rank_is_named(llava):
-    rules = [("projector", Policy("lora", rank={"qk": 4})), ("*", FROZEN)]
+    rules = [("*", Policy("lora", rank={"qk": 4, "vo": 4, "up": 4, "down": 4}))]
     with pytest.raises(VlmtuneError, match=r"covers model\.multi_modal_projector\.linear_1 too.*'other'; add other"):
         apply_plan(llava, rules, "base", seed=0)
 

@@ -126,7 +126,10 @@ def test_seed_decides_the_adapter_and_nothing_else(llava, tiny_folder):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([("language", Policy("lora", rank=65)), ("*", FROZEN)], r"rank 65 exceeds model\.language_model.* 64; lower"),
+        (
+            [("language", Policy("lora", rank=65)), ("*", FROZEN)],
+            r"rule 'language': rank 65 exceeds model\.language_model.* 64; lower",
+        ),
         ([("embed", Policy("lora", rank=4)), ("*", FROZEN)], r"'embed' asks for LoRA, but covers no linear"),
         ([("language.norm", Policy("lora", rank=4)), ("*", FROZEN)], r"'language\.norm' asks for LoRA"),
         ([("*", FROZEN)], r"nothing would train"),

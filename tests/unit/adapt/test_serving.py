@@ -38,7 +38,7 @@ def test_plain_lora_on_the_language_model_is_served_beside_the_base(llava):
         ({"language": Policy("ia3")}, "vLLM has no ia3"),
         ({"language": Policy("lora", rank=4, options={"init_lora_weights": "pissa"})}, "changes the base weights"),
         ({"language": Policy("full")}, "there is no adapter"),
-        ({"language": Policy("prefix")}, "it has no prefixes with a gate"),
+        ({"language": Policy("prefix")}, "peft has no prefixes in the attention"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
