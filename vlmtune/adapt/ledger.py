@@ -105,7 +105,7 @@ class Ledger(TorchDispatchMode):
         picks = func is torch.ops.aten.index.Tensor and inputs[0].is_floating_point() and inputs[0].numel() > _LARGE
         if has_fake:
             result = self._without_data(func, args, kwargs)
-        elif picks or (not inputs and func._schema.name not in _READ_BACK):
+        elif picks or (not inputs and not _is_read_back(func, args)):
             result = self._without_data(func, args, kwargs, only_floats=True)
         else:
             result = func(*args, **kwargs)
@@ -151,6 +151,13 @@ class Ledger(TorchDispatchMode):
             with self.fake:
                 places += [torch.empty(count, dtype=torch.int64) for _ in range(index.dim())]
         return places
+
+
+def _is_read_back(func: Any, args: tuple) -> bool:
+    """Whether a new float may be asked for its value: drop-path rates, and the one random number that decides whether
+    an adapter is dropped."""
+    name = func._schema.name
+    return name in _READ_BACK or (name == "aten::rand" and list(args[0]) == [1])
 
 
 def _numbers(tensor: Tensor) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import weakref
 
+import method_matrix
 import pytest
 import torch
+from training_setup import encode_all, encoder_of, micro_batches, write_data
 from transformers import AutoConfig
 
 from vlmtune.adapt.ledger import Ledger
@@ -201,3 +203,16 @@ def test_mixed_dtypes_are_converted_on_a_cpu_alone():
             wide += narrow
         peaks[device] = ledger.peaks["build"].total
     assert peaks == {"cpu": 6000 + 4000, "cuda": 6000}
+
+
+@pytest.mark.parametrize("method", method_matrix.METHODS)
+def test_every_method_can_be_predicted(method, tiny_folder, tmp_path):
+    """What trains is counted as the plan has it: weights and gradients to the byte."""
+    folder = tiny_folder("llava")
+    encoder = encoder_of(folder)
+    (batch,) = micro_batches(encoder, encode_all(encoder, write_data(tmp_path, 2)), 2)
+    model, rules = method_matrix.load_for(folder, method)
+    prediction = predict_step(model.config, rules, batch, StepSettings(precision="fp32"))
+    plan = apply_plan(model, rules, "base", seed=0)
+    assert prediction.trained == sum(parameter.numel() for parameter in plan.parameters.values())
+    assert prediction.gradients == 4 * prediction.trained and prediction.total > prediction.gradients
