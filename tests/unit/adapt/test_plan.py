@@ -147,6 +147,12 @@ def test_clear_errors(rules, message, llava):
         apply_plan(llava, rules, "base", seed=0)
 
 
+def test_lora_on_a_raw_parameter_is_refused(tiny_folder):
+    """Gemma 3's projector is a parameter and a norm, with no linear module around it."""
+    with pytest.raises(VlmtuneError, match=r"'projector' asks for LoRA, but covers no linear module; use train: full"):
+        apply_plan(load_model(str(tiny_folder("gemma3"))), [("projector", Policy("lora")), ("*", FROZEN)], "base", 0)
+
+
 @pytest.mark.parametrize("images", [False, True])
 def test_a_parameter_without_gradient_stops_the_run_and_is_named(images, tiny_folder, tmp_path):
     """Text-only data never reaches the projector. With images the same plan trains."""
