@@ -22,6 +22,7 @@ from vlmtune.adapt.fisher import fisher_traces, linear_modules
 from vlmtune.adapt.plan import assign_rules
 from vlmtune.adapt.rank_budget import allocate_ranks
 from vlmtune.build import (
+    best_device,
     build_encoder,
     build_settings,
     build_steps,
@@ -99,7 +100,7 @@ def choose_ranks(
     _require_budget(budget)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
 
     base = load_base(config)
     names = list(assign_rules(base.model, policies(config)))

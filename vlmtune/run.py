@@ -1,7 +1,8 @@
 """`vlmtune train`: one run folder from a config, resumable at any moment.
 
-runs/NAME/ config.yaml environment.json assignment.json history.jsonl dropped.jsonl changed.jsonl report.html
-           summary.json samples.json tensorboard/ checkpoints/step_000100 checkpoints/best checkpoints/latest
+runs/NAME/ config.yaml environment.json assignment.json start.json memory.json history.jsonl dropped.jsonl
+           changed.jsonl report.html summary.json samples.json tensorboard/
+           checkpoints/step_000100 checkpoints/best checkpoints/latest
 """
 
 from __future__ import annotations

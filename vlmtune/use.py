@@ -171,7 +171,15 @@ def _load_exported(folder: Path, path: str) -> tuple[torch.nn.Module, Encoder]:
     if not described.is_file():
         network = load_model(path).eval()
         return network, build_encoder(load_processor(path), network)
-    base = load_model(json.loads(described.read_text())["base_model_name_or_path"])
+    try:
+        name = json.loads(described.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise VlmtuneError(f"{described} is damaged ({error}); export the adapter again.") from error
+    if not name:
+        raise VlmtuneError(
+            f"{described} names no base model; write the base's folder or hub name as base_model_name_or_path."
+        )
+    base = load_model(name)
     encoder = build_encoder(load_processor(path), base)
     return load_plain_peft(base, folder), encoder
 

@@ -17,6 +17,8 @@ from transformers import AutoModelForImageTextToText
 
 from vlmtune.export import export_run
 from vlmtune.models.load import load_model
+from vlmtune.models.quantise import is_quantised
+from vlmtune.types import Finding
 from vlmtune.use import load_run
 
 FROZEN = [{"match": part, "train": "frozen"} for part in ("vision", "embed", "lm_head")]
@@ -284,6 +286,41 @@ def test_gguf_is_refused_with_the_reason(vlmtune, tmp_path):
     assert code == 1 and "mmproj" in err and "convert_hf_to_gguf.py" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_double_quantisation_is_an_option(double, vlmtune, write_config):
+    plan = with_language(train="lora", rank=4, store="nf4")
+    run = trained(vlmtune, write_config, "run", plan, quantise={"double": double})
+    weights = [p for p in load_run(run, "latest").model.parameters() if is_quantised(p)]
+    assert len(weights) == 28 and {weight.quant_state.nested for weight in weights} == {double}
+
+
+def test_a_start_that_is_wrong_stops_the_run(vlmtune, write_config, tmp_path, monkeypatch):
+    """Before anything is written."""
+    wrong = Finding("fail", "outputs of adapters start at zero", "1 tensor, largest value 3", "check its rule")
+    monkeypatch.setattr("vlmtune.start.initial_findings", lambda *_: [wrong])
+    code, _, err = vlmtune("train", write_config("run", 3))
+    assert code == 1 and "start: outputs of adapters start at zero: no, 1 tensor" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_projector_drawn_anew_is_another_run(vlmtune, write_config):
+    rest = with_language(train="lora", rank=4)[1:]
+    kept = trained(vlmtune, write_config, "kept", [FULL_PROJECTOR, *rest])
+    drawn = trained(vlmtune, write_config, "drawn", [{**FULL_PROJECTOR, "init": "xavier"}, *rest])
+    name = "trained.safetensors/projector.linear_1.weight"
+    assert not torch.equal(weights(kept, "latest")[name], weights(drawn, "latest")[name])
+    assert any("Xavier" in finding["what"] for finding in json.loads((drawn / "start.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"), [("{", "is damaged"), ("[]", "is damaged"), ("{}", "names no base model")]
+)
+def test_a_foreign_adapter_folder_that_cannot_be_read(text, complaint, vlmtune, rows, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(text)
+    code, _, err = vlmtune("predict", rows.parent / "0.png", "what is there", "--model", tmp_path)
+    assert code == 1 and complaint in err and "adapter_config.json" in err
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -330,6 +367,7 @@ def test_the_adapter_of_another_base_model_is_refused(vlmtune, write_config, tin
         (with_language(train="peft", method="vblora"), "keeps state outside of the layers"),
         (with_language(train="peft", method="adalora"), "use train: lora with ranks from `vlmtune ranks`"),
         (with_language(train="peft"), "train: peft needs one"),
+        (with_language(train="lora", store="nf4", init="xavier"), "they must all learn again"),
         (with_language(train="ia3", rank=4), "rank only mean something with train: lora"),
         (with_language(train="full", store="nf4"), "store: nf4 with train: full: quantised weights have no gradient"),
         (with_language(train="full", store="bf16"), "store: bf16 with train: full would lose small updates"),

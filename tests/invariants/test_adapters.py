@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from training_setup import full_rules, lora_rules, make_trainer, micro_batches, snapshot
 
-from vlmtune.adapt.library import has_adapter, merge_adapters
+from vlmtune.adapt.library import merge_adapters, tuner_layers
 from vlmtune.adapt.plan import Policy, apply_plan
 from vlmtune.adapt.state import trained_state
 from vlmtune.models.anatomy import canonical_parameters, part_of
@@ -67,7 +67,7 @@ def test_merged_equals_unmerged(name, model_folder, encoded):
     assert float((adapted - base).abs().max()) > 0.01 * scale
     adapters = sum(isinstance(m, BaseTunerLayer) for m in model.modules())
     assert merge_adapters(model) == adapters
-    assert not has_adapter(model) and list(model.state_dict()) == keys
+    assert not tuner_layers(model) and list(model.state_dict()) == keys
     # W x + s·B(A x) against (W + s·B A) x: float32 rounding through 4 to 6 layers
     assert float((logits_of(model, batch) - adapted).abs().max()) < 1e-4 * scale
 

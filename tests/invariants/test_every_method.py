@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from training_setup import loss_and_gradients, micro_batches, snapshot
 
-from vlmtune.adapt.library import adapters_off, has_adapter, merge_adapters
+from vlmtune.adapt.library import adapters_off, merge_adapters, tuner_layers
 from vlmtune.adapt.plan import Plan, apply_plan
 from vlmtune.checkpoint import TrainState, save_checkpoint
 from vlmtune.losses.objective import Objective
@@ -92,7 +92,9 @@ def test_method(method, name, model_folder, batch_of, tmp_path):
     save(model, plan, optimizer, tmp_path / method / "step")  # saving
     assert torch.equal(reload(folder, method, tmp_path / method / "step", batch.inputs), trained)
 
-    if has_adapter(model) and not method.startswith(("pissa", "olora")):  # switching off: with the projector as trained
+    if tuner_layers(model) and not method.startswith(
+        ("pissa", "olora")
+    ):  # switching off: with the projector as trained
         with adapters_off(model):
             off = logits_of(model, batch.inputs)
         assert torch.equal(logits_of(model, batch.inputs), trained)

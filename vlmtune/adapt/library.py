@@ -68,10 +68,6 @@ def _adapters_in(layer: BaseTunerLayer) -> set[str]:
     return {key for container in held if hasattr(container, "keys") for key in container.keys()}  # noqa: SIM118
 
 
-def has_adapter(model: nn.Module) -> bool:
-    return bool(tuner_layers(model))
-
-
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, every adapter is switched off: the base model, with what was trained in full."""

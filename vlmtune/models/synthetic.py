@@ -65,13 +65,6 @@ def build_without_data(config: PreTrainedConfig, attention: str = "sdpa") -> Pre
     return model.eval()
 
 
-def count_parameters(config: PreTrainedConfig) -> int:
-    """Numbers in all weights, a tied head counted once. Takes about a second for 72B."""
-    with torch.device("meta"):
-        model = build_without_data(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @dataclass(frozen=True)
 class _Images:
     """What the images of one micro-batch are to a family.

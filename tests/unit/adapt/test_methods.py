@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vlmtune.adapt.library import inject, tuner_layers
 from vlmtune.adapt.methods import alpha_of, build_adapters, find_targets, rank_of
 from vlmtune.adapt.plan import Policy, apply_plan
 from vlmtune.adapt.record import plan_record, require_same_plan
+from vlmtune.config import RankKind
 from vlmtune.models.anatomy import (
     RANK_KINDS,
     anatomy_of,
@@ -82,6 +84,11 @@ def test_every_linear_module_of_a_block_has_a_role(model):
 def test_roles(path, role, kind):
     assert (linear_role(path), rank_kind(path)) == (role, kind)
     assert role in RANK_KINDS[kind]
+
+
+def test_the_config_knows_the_same_kinds():
+    """Written there again because a config is read without torch."""
+    assert get_args(RankKind) == tuple(RANK_KINDS)
 
 
 def test_ranks_by_kind_reach_peft(model):
