@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.optimizer import build_adamw
-from vlmtune.schedule import cosine_with_warmup, piecewise
+from vlmtune.schedule import Piecewise, Rate, cosine_with_warmup, piecewise
 from vlmtune.trainer import Settings, Trainer, TrainingModule
 from vlmtune.types import Batch, Encoded
 
@@ -170,9 +171,14 @@ def make_trainer(
     gradient_checkpointing: bool = False,
     new_tokens: Sequence[str] = (),
     convention: str = "norm1000",
+    over: Mapping[str, Piecewise] | None = None,
+    parts: Mapping[str, Any] | None = None,
     **settings,
 ) -> Setup:
-    """A trainer over `data`, 4 samples a step, seeded, float32 on the CPU; `settings` override `Settings` fields."""
+    """A trainer over `data`, 4 samples a step, seeded, float32 on the CPU; `settings` override `Settings` fields.
+
+    over: rule -> factor on its learning rate over progress; parts: further arguments of `Trainer`.
+    """
     torch.manual_seed(0)
     model, encoder, new = extend(model_folder, new_tokens, convention)
     source = FileSource(data)
@@ -183,8 +189,17 @@ def make_trainer(
         checkpoint_activations(model)
     wishes = {
         "total_steps": total_steps,
-        "schedule": lambda step: cosine_with_warmup(step, total_steps, 2, 0.1),
+        "rates": {
+            rule: Rate(
+                lambda step: cosine_with_warmup(step, total_steps, 2, 0.1),
+                (over or {}).get(rule, piecewise(1.0)),
+                2,
+                total_steps,
+            )
+            for rule in plan.policies
+        },
         "clip": 1.0,
+        "clip_by_rule": {},
         "precision": "fp32",
         "log_every": 1,
         "checkpoint_every": checkpoint_every,
@@ -204,6 +219,7 @@ def make_trainer(
         "fingerprint",
         torch.device("cpu"),
         observers,
+        **(parts or {}),
     )
     set_training_mode(model)
     return Setup(model, encoder, plan, trainer, steps)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from vlmtune.adapt.plan import Plan, Policy
 from vlmtune.adapt.storage import loads_in_file_format, wanted_quantisation
+from vlmtune.build_course import policies
 from vlmtune.build_loss import wanted_readouts
-from vlmtune.config import INHERIT, Config, Data, Rule, Source
+from vlmtune.config import INHERIT, Config, Data, Source
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
 from vlmtune.data.loader import Steps, load_steps
@@ -28,16 +28,13 @@ from vlmtune.data.sources import FileSource, PromptedSource, SampleSource, Scene
 from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_overlong, survey_source
 from vlmtune.data.templates import set_template
 from vlmtune.data.window import Window
-from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor, meta_model, stored_dtype
 from vlmtune.models.readouts import attach_readouts, readouts_of
 from vlmtune.models.vocabulary import NewTokens, add_tokens
-from vlmtune.optim.optimizer import build_adamw, usable_here
 from vlmtune.optim.precision import resolve_precision
-from vlmtune.schedule import Length, Piecewise, combined, cosine_with_warmup, piecewise
-from vlmtune.trainer import Settings
+from vlmtune.schedule import Piecewise, combined, piecewise
 from vlmtune.types import VlmtuneError
 
 EMBEDDED, EMBEDDED_UNTRAINED = "embedded", "embedded_untrained"
@@ -50,6 +47,7 @@ NOT_FINGERPRINTED = (
     ("train", "threads"),
     ("train", "log_every"),
     ("checkpoint", "keep"),
+    ("stability",),  # says what to do about a failure, so that a run can go on after one
     ("evaluate", "gallery"),
     ("evaluate", "batch_size"),
 )
@@ -356,37 +354,6 @@ def changes(config: Config, fitted: FittedData) -> dict[str, list[dict]]:
     return rows
 
 
-def total_steps(config: Config, sizes: Sequence[int | None]) -> int:
-    epoch = None if any(size is None for size in sizes) else sum(sizes)
-    return max(1, Length.parse(config.train.length).steps(config.train.batch_size, epoch))
-
-
-def build_settings(config: Config, sizes: Sequence[int | None], precision: str) -> Settings:
-    steps = total_steps(config, sizes)
-    batch = config.train.batch_size
-    epoch = None if any(size is None for size in sizes) else sum(sizes)
-    warmup = Length.parse(config.optim.warmup).steps(batch, epoch, steps)
-    if Length.parse(config.optim.warmup).unit == "%":
-        warmup = min(warmup, steps - 1)  # a share of one step is no step
-    if warmup >= steps:
-        raise VlmtuneError(
-            f"optim.warmup is {warmup} steps, but the run has only {steps}; shorten it, or write a share such as 3%."
-        )
-    every = config.evaluate.every
-    return Settings(
-        total_steps=steps,
-        schedule=lambda step: cosine_with_warmup(step, steps, warmup, config.optim.floor),
-        clip=config.optim.clip,
-        precision=precision,
-        log_every=config.train.log_every,
-        checkpoint_every=max(1, Length.parse(config.checkpoint.every).steps(batch, epoch, steps)),
-        keep=config.checkpoint.keep,
-        eval_every=None if every is None else max(1, Length.parse(every).steps(batch, epoch, steps)),
-        best=config.checkpoint.best,
-        best_is=config.checkpoint.best_is or ("lowest" if config.checkpoint.best.startswith("loss") else "highest"),
-    )
-
-
 def build_steps(
     config: Config, sources: list[SampleSource], weights: Sequence[Piecewise], encoder: Encoder, steps: int
 ) -> Steps:
@@ -409,34 +376,8 @@ def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequen
     return TemperatureOrder(pools, steps, batch, seed, temperature, wish.every or 50)
 
 
-def build_optimizer(config: Config, plan: Plan, objective: Objective) -> torch.optim.Optimizer:
-    groups = plan.optimizer_groups() + objective.optimizer_groups(config.loss.balance.lr or 0.025)
-    name, _ = usable_here(config.optim.name, best_device())
-    return build_adamw(groups, config.optim.betas, config.optim.eps, name)
-
-
 def step_loader(steps: Steps, workers: int):
     return lambda start, stop: load_steps(steps, start, stop, workers)
-
-
-def policies(config: Config) -> list[tuple[str, Policy]]:
-    return [(rule.match, _policy(rule, config)) for rule in config.plan]
-
-
-def _policy(rule: Rule, config: Config) -> Policy:
-    return Policy(
-        train=rule.train,
-        lr=rule.lr or config.optim.lr,
-        weight_decay=config.optim.weight_decay if rule.weight_decay is None else rule.weight_decay,
-        rank=16 if rule.rank is None else rule.rank,
-        alpha=rule.alpha,
-        dropout=rule.dropout or 0.0,
-        method=rule.method or "",
-        options=rule.options,
-        store=rule.store,
-        init=rule.init,
-        lr_b=rule.lr_b or 1.0,
-    )
 
 
 def fingerprint_tree(config: Config) -> dict:
@@ -451,9 +392,8 @@ def fingerprint_tree(config: Config) -> dict:
 
 
 __all__ = [
-    "FittedData", "build_encoder", "build_eval_groups", "build_optimizer",
-    "build_settings", "build_source", "build_steps", "build_train", "cache_folder",
+    "FittedData", "build_encoder", "build_eval_groups", "build_source", "build_steps", "build_train", "cache_folder",
     "changes", "count_samples", "describe_new_tokens", "describe_sources", "describe_surveys", "fingerprint_tree",
     "fit_data", "load_base", "load_model",
-    "policies", "remarks_on_prompts", "resolve_model", "source_names", "step_loader", "total_steps",
+    "remarks_on_prompts", "resolve_model", "source_names", "step_loader",
 ]  # fmt: skip

@@ -5,19 +5,24 @@
       adapter/                adapters in peft's own format, further ones in folders of their names (absent without)
       plan.json               what trained, and how: for people, and for the comparison when it is loaded
       optimizer.safetensors   AdamW state by parameter name
-      state.json              step, samples seen, RNG, config fingerprint, new tokens, metrics
+      probe.safetensors       three samples; their losses stand in state.json and are measured again on load
+      history.jsonl           what the run had recorded until then
+      state.json              step, samples seen, RNG, config fingerprint, versions, new tokens, digests of all files
 Files are written to a temporary sibling, synced and renamed: a folder with a final name is complete. No pickle.
 """
 
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +31,29 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vlmtune import __version__
 from vlmtune.adapt.plan import Plan
 from vlmtune.adapt.record import plan_record, require_same_plan
 from vlmtune.adapt.state import load_adapters, load_trained, save_adapters, trained_state
 from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
+from vlmtune.probe import Probe
 from vlmtune.types import VlmtuneError
 
 FORMAT = 1
+VERSIONED = ("torch", "transformers", "peft", "safetensors")
 OTHER = "name another checkpoint, or delete this folder and the run continues from the one before"
 NO_NEW_TOKENS = {"first": 0, "texts": []}  # of checkpoints written before there were any
 
 
 @dataclass
 class TrainState:
-    """Where a run stands. `samples` is the data position: the order is a pure function of it."""
+    """Where a run stands. `samples` is the data position: the order is a pure function of it.
+
+    evaluated: step of the last evaluation; waited: evaluations since the last one that was better than `reference` by
+    checkpoint.delta; stopped: why the run ended early; lr_scale: what rewinds have left of every learning rate;
+    skipped: steps that made no update because their batch was left out; rewinds: (from step, to step);
+    overflows: steps without an update because float16 gradients overflowed; loss_scale: of float16.
+    """
 
     step: int = 0
     samples: int = 0
@@ -47,11 +61,33 @@ class TrainState:
     seconds: float = 0.0
     best: float | None = None
     best_step: int | None = None
+    evaluated: int | None = None
+    reference: float | None = None
+    waited: int = 0
+    stopped: str | None = None
+    lr_scale: float = 1.0
+    skipped: list[int] = field(default_factory=list)
+    rewinds: list[list[int]] = field(default_factory=list)
+    overflows: int = 0
+    loss_scale: dict[str, float] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a checkpoint holds besides the training itself.
+
+    probe: its samples, and the losses they have now in `precision`; companions: files of the run folder, copied.
+    """
+
+    probe: Probe
+    losses: list[float]
+    precision: str
+    companions: Sequence[Path] = ()
 
 
 def save_checkpoint(
@@ -62,11 +98,39 @@ def save_checkpoint(
     state: TrainState,
     fingerprint: str,
     objective: torch.nn.Module,
+    recorded: Recorded | None = None,
 ) -> None:
-    """Write `folder` atomically. An existing folder of that name is replaced. objective: what it learns is saved."""
+    """Write `folder` atomically. An existing folder of that name is replaced. objective: what it learns is saved.
+
+    Raises VlmtuneError where it cannot be written (a full disk, a quota): then nothing of it is left, and all earlier
+    checkpoints are as they were.
+    """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    try:
+        draft.mkdir(parents=True)
+        _write(draft, model, plan, optimizer, state, fingerprint, objective, recorded)
+        for path in [*draft.rglob("*"), draft]:
+            _sync(path)
+        if folder.exists():
+            remove_checkpoint(folder)
+        os.replace(draft, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise VlmtuneError(_not_written(folder, error)) from error
+
+
+def _write(
+    draft: Path,
+    model: torch.nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    fingerprint: str,
+    objective: torch.nn.Module,
+    recorded: Recorded | None,
+) -> None:
     full, adapters = trained_state(model, plan)
     save_file({k: v.contiguous() for k, v in full.items()}, draft / "trained.safetensors", metadata={"format": "pt"})
     save_adapters(adapters, plan, draft / "adapter")
@@ -77,15 +141,28 @@ def save_checkpoint(
         save_file(learned, draft / "objective.safetensors", metadata={"format": "pt"})
     described = {"format": FORMAT, "config": fingerprint, "state": state.__dict__, "rng": rng_state()}
     described["new_tokens"] = _new_tokens(plan)
+    described["versions"] = {"vlmtune": __version__} | {name: metadata.version(name) for name in VERSIONED}
+    if recorded is not None:
+        recorded.probe.save(draft)
+        described["probe"] = {"losses": recorded.losses, "precision": recorded.precision}
+        for path in recorded.companions:
+            if path.is_file():
+                shutil.copyfile(path, draft / path.name)
     described["files"] = {str(p.relative_to(draft)): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
     described["checksum"] = _checksum(described)
     (draft / "state.json").write_text(json.dumps(described, indent=1))
-    for path in [*draft.rglob("*"), draft]:
-        _sync(path)
-    if folder.exists():
-        remove_checkpoint(folder)
-    os.replace(draft, folder)
-    _sync(folder.parent)
+
+
+def _not_written(folder: Path, error: Exception) -> str:
+    """One sentence on a checkpoint that could not be written."""
+    others = latest_checkpoint(folder.parent)
+    left = f"{others.name} is whole and" if others else "no earlier checkpoint exists, so"
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
+    remedy = "free some space" if full else "make the folder writable"
+    return (
+        f"{folder} could not be written ({error}); {left} the same command continues"
+        f"{' from there' if others else ' from the beginning'}: {remedy}, or lower checkpoint.keep."
+    )
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -162,7 +239,7 @@ def copy_weights(checkpoint: Path, folder: Path) -> None:
     """A checkpoint without what only a resume needs: the states of optimizer, loss and random generators."""
     described = read_state(checkpoint)
     _verify(checkpoint, described)
-    for_resume = ("optimizer.safetensors", "objective.safetensors")
+    for_resume = ("optimizer.safetensors", "objective.safetensors", "history.jsonl")
     described["files"] = {name: digest for name, digest in described["files"].items() if name not in for_resume}
     for name in described["files"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +262,39 @@ def checkpoints(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path) -> Path | None:
     found = checkpoints(folder)
     return found[-1] if found else None
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Everything that has the name of a checkpoint, whole or damaged, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and a sentence for every newer one that has some, naming the file.
+
+    Raises VlmtuneError where there are checkpoints and every one of them is damaged.
+    """
+    complaints: list[str] = []
+    for path in reversed(checkpoint_folders(folder)):
+        try:
+            _verify(path, read_state(path))
+        except VlmtuneError as error:
+            complaints.append(str(error).partition(";")[0])
+        else:
+            return path, complaints
+    if complaints:
+        raise VlmtuneError(
+            f"{complaints[0]}, and no other checkpoint in {folder} is whole; put the file back from a copy, or start "
+            "over with --restart."
+        )
+    return None, []
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint: it is never taken for one again, and nothing of it is lost. Returns the new name."""
+    aside = folder.with_name(f"damaged_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
 
 
 def point(link: Path, target: Path) -> None:

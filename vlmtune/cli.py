@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.paths import require_folder, require_new_file
 
 app = typer.Typer(
@@ -20,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Supervised fine-tuning of vision-language models that shows its evidence.",
 )
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # a log file has no width of its own; tables need about 110 columns
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
@@ -42,7 +45,8 @@ def train(
     wish = load_config(config, overrides or [])  # a wrong config is refused before the heavy imports
     from vlmtune.run import train as run
 
-    run(wish, console, restart)
+    with StopRequest().listening() as stop:
+        run(wish, console, restart, stop=stop)
 
 
 @app.command("eval")
@@ -193,6 +197,20 @@ def export(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    failure: Annotated[str | None, typer.Option(help="a folder of RUN/failures, step_… (default: the newest)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+) -> None:
+    """Replay a step that was not finite: where it began, why, and what helps. Exit code 1 if it happens again."""
+    from vlmtune.doctor import examine_run
+
+    code = examine_run(run, console, failure, as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def scenes(
     folder: Annotated[Path, typer.Argument(help="where the files go; a split that is there already is kept")],
     train_per_task: Annotated[
@@ -263,6 +281,15 @@ def main() -> None:
     except VlmtuneError as error:
         errors.print("[bold red]error:[/] ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except Interrupted as interrupted:
+        errors.print(str(interrupted), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(interrupted.exit_code)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(f"{error}; free some space and run the same command again.", markup=False, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         errors.print("interrupted; the same command continues from the last checkpoint")

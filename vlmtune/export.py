@@ -23,7 +23,8 @@ from vlmtune.adapt.library import merge_adapters
 from vlmtune.adapt.new_rows import merge_new_rows
 from vlmtune.adapt.peft_folder import load_plain_peft, write_peft_folder
 from vlmtune.adapt.serving import GGUF_REASON, why_not_merged, why_not_plain_peft
-from vlmtune.build import build_source, fit_data, load_base, load_model, policies
+from vlmtune.build import build_source, fit_data, load_base, load_model
+from vlmtune.build_course import policies
 from vlmtune.checkpoint import copy_weights
 from vlmtune.config import Config, dump_config
 from vlmtune.data.batch import collate
@@ -32,7 +33,7 @@ from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.load import save_processor, stored_dtype
 from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.readouts import detach_readouts
-from vlmtune.optim.precision import autocast
+from vlmtune.optim.precision import Precision, autocast
 from vlmtune.types import Batch, VlmtuneError
 from vlmtune.use import Loaded, find_checkpoint, load_run
 
@@ -77,7 +78,7 @@ def _draft(folder: Path) -> Iterator[Path]:
 
 
 @torch.inference_mode()
-def _logits(model: torch.nn.Module, batch: Batch, precision: Literal["bf16", "fp32"] = "fp32") -> Tensor:
+def _logits(model: torch.nn.Module, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """float32[N, V] of the tokens that are not padding."""
     batch = batch.to(next(model.parameters()).device)
     with autocast(precision, batch.inputs["input_ids"].device):

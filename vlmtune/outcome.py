@@ -55,6 +55,11 @@ def summarise(before: dict | None, after: Evaluation | None, state, total_steps:
         "samples_per_second": state.samples / state.seconds if state.seconds else None,
         "peak_memory_bytes": peak_memory(),
         "best": {"value": state.best, "step": state.best_step},
+        "stopped": state.stopped,
+        "skipped": state.skipped,
+        "rewinds": state.rewinds,
+        "lr_scale": state.lr_scale,
+        "overflows": state.overflows,
     }
 
 

@@ -24,16 +24,15 @@ from vlmtune.adapt.rank_budget import allocate_ranks
 from vlmtune.build import (
     best_device,
     build_encoder,
-    build_settings,
     build_steps,
     build_train,
     describe_sources,
     describe_surveys,
     fit_data,
     load_base,
-    policies,
     remarks_on_prompts,
 )
+from vlmtune.build_course import build_settings, policies
 from vlmtune.config import Config, Rule, parse_config
 from vlmtune.data.batch import collate
 from vlmtune.data.loader import Steps

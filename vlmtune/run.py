@@ -13,6 +13,8 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -21,13 +23,12 @@ from rich.console import Console
 
 from vlmtune import __version__
 from vlmtune.adapt.memory import PeakMeter
-from vlmtune.adapt.plan import apply_plan
+from vlmtune.adapt.plan import Plan, apply_plan
 from vlmtune.build import (
+    FittedData,
     best_device,
     build_encoder,
     build_eval_groups,
-    build_optimizer,
-    build_settings,
     build_steps,
     build_train,
     changes,
@@ -38,37 +39,56 @@ from vlmtune.build import (
     fingerprint_tree,
     fit_data,
     load_base,
-    policies,
     remarks_on_prompts,
     step_loader,
 )
+from vlmtune.build_course import build_optimizer, build_recovery, build_settings, lr_scaling, policies
 from vlmtune.build_loss import build_objective
-from vlmtune.checkpoint import config_fingerprint, latest_checkpoint, read_state
+from vlmtune.checkpoint import (
+    TrainState,
+    checkpoint_folders,
+    config_fingerprint,
+    newest_whole_checkpoint,
+    read_state,
+    set_aside,
+)
 from vlmtune.config import Config, differing_keys, dump_config, load_config
+from vlmtune.data.batch import collate
+from vlmtune.data.encode import Encoder
 from vlmtune.data.loader import Steps
 from vlmtune.data.sampling import TemperatureOrder
+from vlmtune.data.sources import SampleSource
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
+from vlmtune.failure import diagnose, failure_name, save_failure
+from vlmtune.interrupt import StopRequest
+from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
 from vlmtune.models.vlm import checkpoint_activations
 from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
+from vlmtune.observer import Observer
 from vlmtune.optim.optimizer import usable_here
 from vlmtune.optim.precision import resolve_precision
 from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
 from vlmtune.paths import require_folder
+from vlmtune.probe import SAMPLES, Probe, require_same_losses
+from vlmtune.recovery import NonFinite
 from vlmtune.start import (
     MemoryReport,
+    Phase,
     check_start,
+    describe_phases,
     describe_start,
     first_micro_batches,
     held_bytes,
-    predict_memory,
+    predict_phases,
+    require_disk,
 )
-from vlmtune.trainer import Trainer
-from vlmtune.types import VlmtuneError
+from vlmtune.trainer import Settings, Trainer
+from vlmtune.types import Finding, VlmtuneError
 from vlmtune.view import histograms, token_view
 
 KEYS_NAMED = 4  # of two configs that differ
@@ -77,20 +97,105 @@ FIRST_BATCH_SHOWN = 8  # samples of the first batch in first_batch.html
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pydantic")
 
 
-def train(config: Config, console: Console, restart: bool = False) -> dict:
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run trains with, before its folder is touched."""
+
+    model: torch.nn.Module
+    encoder: Encoder
+    sources: list[SampleSource]
+    groups: dict[str, list[SampleSource]]
+    fitted: FittedData
+    steps: Steps
+    settings: Settings
+    plan: Plan
+    objective: Objective
+    findings: list[Finding]
+    predictions: list[Phase]
+
+
+def train(
+    config: Config,
+    console: Console,
+    restart: bool = False,
+    observers: Sequence[Observer] = (),
+    stop: StopRequest | None = None,
+) -> dict:
     """Run (or continue) the training a config describes; returns the summary that is also written to summary.json.
 
+    observers: told of the run besides those that write its folder. stop: asks it to end; by default nobody does.
     Raises VlmtuneError before anything is written for a config whose run folder cannot be written or belongs to
-    another config, and during the run for whatever stops it.
+    another config, and during the run for whatever stops it; Interrupted where `stop` was asked to.
     """
     folder = Path(config.run)
     fingerprint = config_fingerprint(fingerprint_tree(config))
-    checkpoint = prepare_folder(config, fingerprint, restart)
+    checkpoint = prepare_folder(config, fingerprint, restart, console)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = best_device()
     torch.manual_seed(config.train.seed)
+    made = prepare(config, device, console)
+    require_disk(folder / "checkpoints", made.model, made.plan, config, console)
+    open_folder(config, made, checkpoint, restart, device)
+    describe_start(made.model, made.plan, made.findings, console)
+    sources, steps, settings = made.sources, made.steps, made.settings
+    console.print(loss_table(made.objective, [made.encoder.encode(sources[s][row]) for s, row in loss_samples(steps)]))
+    for line in describe_phases(made.predictions, settings):
+        console.print(line, highlight=False, markup=False)
+    scaling = lr_scaling(config)
+    console.print(
+        f"{settings.total_steps} steps of {config.train.batch_size} samples "
+        f"({config.train.batch_size // config.train.micro_batch_size} micro-batches), {settings.precision} on "
+        f"{device.type}, {torch.get_num_threads()} threads"
+        + (f", learning rates x {scaling:g} for the batch size" if scaling != 1 else "")
+        + f"; run folder {folder}",
+        highlight=False,
+    )
+    before_file = folder / "before.json"
+    from_step = read_state(checkpoint)["state"]["step"] if checkpoint else 0
+    if checkpoint is None:  # a run killed before its first checkpoint may have had another config
+        before_file.unlink(missing_ok=True)
+    if made.groups and not before_file.exists() and checkpoint is None:
+        console.print("evaluation before training …")
+        measured = measure(config, made, None)
+        require_best(config.checkpoint.best, measured.metrics)
+        write_text(before_file, json.dumps(evaluation_record(measured)))
 
+    meter = PeakMeter(device, held_bytes(made.model))
+    by_source = count_samples(steps.order, sources)
+    history = History(folder / "history.jsonl", settings.log_every, from_step, by_source)
+    board = TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source)
+    progress = ProgressLine(console, settings.total_steps, settings.log_every)
+    trainer = Trainer(
+        made.model, made.plan, made.objective, build_optimizer(config, made.plan, made.objective, device),
+        step_loader(steps, config.data.workers), settings, folder / "checkpoints", fingerprint, device,
+        [
+            history, board, progress, PageWriter(folder, every_seconds=20),
+            MemoryReport(made.predictions[0].predicted, meter, console, folder / "memory.json", checkpoint is not None),
+            *observers,
+        ],
+        (lambda step: measure(config, made, config.evaluate.limit).metrics) if made.groups else None,
+        steps.order if isinstance(steps.order, TemperatureOrder) else None,
+        build_recovery(config), probe_of(steps), [history.path, history.gradients], stop,
+    )  # fmt: skip
+    trainer.investigate = investigator(folder, trainer, made.encoder)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        require_same_losses(checkpoint, read_state(checkpoint), made.model, settings.precision)
+        console.print(f"continuing from {checkpoint} (step {trainer.state.step})")
+    meter.start()
+    try:
+        with progress:
+            state = trainer.fit()
+        if state.stopped:
+            console.print(f"stopped early at step {state.step}: {state.stopped}", highlight=False, markup=False)
+        return finish(config, made, state, folder, console, (history, board))
+    finally:
+        board.close()
+
+
+def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
+    """Build all parts, count the data, apply the plan, and check how everything begins."""
     base = load_base(config)
     model = base.model
     encoder = build_encoder(base.processor, model, config.data)
@@ -120,89 +225,98 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     place(model, device)
     batches = first_micro_batches(steps)
     findings = check_start(model, plan, encoder, batches[0], precision)
-    prediction = predict_memory(config, policies(config), model, batches, base.new_tokens, precision, device)
+    predictions = predict_phases(config, settings, model, batches, base.new_tokens, device)
+    return Prepared(model, encoder, sources, groups, fitted, steps, settings, plan, objective, findings, predictions)
 
+
+def open_folder(config: Config, made: Prepared, checkpoint: Path | None, restart: bool, device: torch.device) -> None:
+    """Write what a run folder holds before its first step. Raises VlmtuneError where the data changed meanwhile."""
+    folder = Path(config.run)
     changed = {
         name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for name, rows in changes(config, fitted).items()
+        for name, rows in changes(config, made.fitted).items()
     }
     if checkpoint is not None:
         require_same_rows(folder, changed)
+        for name in ("history.jsonl", "gradients.jsonl"):  # somebody may have deleted them; the checkpoint has a copy
+            if (checkpoint / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(checkpoint / name, folder / name)
     if restart and folder.exists():  # only now: whatever is wrong with the new config, the old run is still there
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "assignment.json", json.dumps(plan.rows, indent=1))  # first: it marks a run folder
+    write_text(folder / "assignment.json", json.dumps(made.plan.rows, indent=1))  # first: it marks a run folder
     write_text(folder / "config.yaml", dump_config(config))
-    write_text(folder / "environment.json", json.dumps(environment(precision, device), indent=1))
+    write_text(folder / "environment.json", json.dumps(environment(made.settings.precision, device), indent=1))
     for name, text in changed.items():
         write_text(folder / name, text)
-    first = [steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
+    first = [made.steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
     write_token_view(
         folder / "first_batch.html",
-        [token_view(encoder, fitted_sample(sources[s], row)) for s, row in first],
-        histograms(config, fitted),
+        [token_view(made.encoder, fitted_sample(made.sources[s], row)) for s, row in first],
+        histograms(config, made.fitted),
     )
-    write_text(folder / "start.json", json.dumps([finding.__dict__ for finding in findings], indent=1))
-    describe_start(model, plan, findings, console)
-    console.print(loss_table(objective, [encoder.encode(sources[s][row]) for s, row in loss_samples(steps)]))
-    console.print(
-        f"{settings.total_steps} steps of {config.train.batch_size} samples "
-        f"({config.train.batch_size // config.train.micro_batch_size} micro-batches), {precision} on {device.type}, "
-        f"{torch.get_num_threads()} threads; run folder {folder}",
-        highlight=False,
-    )
+    write_text(folder / "start.json", json.dumps([finding.__dict__ for finding in made.findings], indent=1))
 
-    def measure(limit: int | None, generate: bool) -> Evaluation:
-        model.eval()
-        return evaluate(
-            model, encoder, groups, limit=limit, batch_size=config.evaluate.batch_size,
-            max_new_tokens=config.evaluate.max_new_tokens if generate else None,
-            precision=precision,
-        )  # fmt: skip
 
-    before_file = folder / "before.json"
-    from_step = read_state(checkpoint)["state"]["step"] if checkpoint else 0
-    if checkpoint is None:  # a run killed before its first checkpoint may have had another config
-        before_file.unlink(missing_ok=True)
-    if groups and not before_file.exists() and checkpoint is None:
-        console.print("evaluation before training …")
-        measured = measure(None, config.evaluate.generate)
-        require_best(config.checkpoint.best, measured.metrics)
-        write_text(before_file, json.dumps(evaluation_record(measured)))
-
-    meter = PeakMeter(device, held_bytes(model))
-    by_source = count_samples(steps.order, sources)
-    observers = [
-        History(folder / "history.jsonl", settings.log_every, from_step, by_source),
-        board := TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source),
-        progress := ProgressLine(console, settings.total_steps, settings.log_every),
-        PageWriter(folder, every_seconds=20),
-        MemoryReport(prediction, meter, console, folder / "memory.json", checkpoint is not None),
-    ]
-    trainer = Trainer(
-        model, plan, objective, build_optimizer(config, plan, objective),
-        step_loader(steps, config.data.workers), settings, folder / "checkpoints", fingerprint, device, observers,
-        (lambda step: measure(config.evaluate.limit, config.evaluate.generate).metrics) if groups else None,
-        steps.order if isinstance(steps.order, TemperatureOrder) else None,
+def measure(config: Config, made: Prepared, limit: int | None) -> Evaluation:
+    """Of all held-out groups. limit: samples per source."""
+    made.model.eval()
+    wish = config.evaluate
+    return evaluate(
+        made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
+        max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
     )  # fmt: skip
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        console.print(f"continuing from {checkpoint} (step {trainer.state.step})")
-    meter.start()
-    with progress:
-        state = trainer.fit()
 
+
+def investigator(folder: Path, trainer: Trainer, encoder: Encoder) -> Callable[[NonFinite, dict], str]:
+    """What happens at a step that is not finite: it is run again watched, and saved with the weights it had."""
+
+    def investigate(failure: NonFinite, rng: dict) -> str:
+        model, settings, state = trainer.model, trainer.settings, trainer.state
+        progress = state.step / settings.total_steps
+        weights = trainer.module.objective.weights(failure.micro_batches, progress)
+        scale = 1.0 if trainer.scale is None else trainer.scale.value
+        norms, losses = [past.norms for past in trainer.history], [past.loss for past in trainer.history]
+        lr = {group["rule"]: group["lr"] for group in trainer.optimizer.param_groups}
+        vocabulary = model.get_input_embeddings().num_embeddings
+        diagnosis = diagnose(
+            model, trainer.module, failure.micro_batches, weights, settings.precision, scale, rng, norms, losses, lr,
+            vocabulary, encoder,
+        )  # fmt: skip
+        place = folder / "failures" / failure_name(state.step + 1)
+        record = {
+            "step": state.step, "progress": progress, "precision": settings.precision, "scale": scale, "lr": lr,
+            "norm_history": norms, "loss_history": losses, "what": failure.what,
+        }  # fmt: skip
+        trainer.write(place / "checkpoint")
+        save_failure(place, failure.micro_batches, record, rng, diagnosis, encoder)
+        return f"{diagnosis.sentence[0].upper()}{diagnosis.sentence[1:]} Saved in {place}."
+
+    return investigate
+
+
+def probe_of(steps: Steps) -> Probe:
+    """The first samples of the run."""
+    samples = [steps.order[k] for k in range(min(SAMPLES, steps.batch_size))]
+    encoded = [steps.encoder.encode(steps.sources[source][row]) for source, row in samples]
+    return Probe(collate(encoded, steps.encoder.pad_token_id))
+
+
+def finish(
+    config: Config, made: Prepared, state: TrainState, folder: Path, console: Console, told: Sequence[Observer]
+) -> dict:
+    """Evaluate what was trained, and write the summary, the samples and the report. told: of this evaluation."""
     after = None
-    if groups:
+    if made.groups:
         console.print("evaluation after training …")
         rng = torch.get_rng_state()
-        after = measure(None, config.evaluate.generate)
+        after = measure(config, made, None)
         torch.set_rng_state(rng)
-        for observer in observers[:2]:
+        for observer in told:
             observer.on_eval(state, after.metrics)
-    board.close()
-    before = read_before(before_file)
-    summary = summarise(before, after, state, settings.total_steps, by_source(state.samples))
+    before = read_before(folder / "before.json")
+    by_source = count_samples(made.steps.order, made.sources)
+    summary = summarise(before, after, state, made.settings.total_steps, by_source(state.samples))
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     if after is not None:
         write_text(folder / "samples.json", json.dumps(gallery(folder, before, after, config.evaluate.gallery)))
@@ -213,8 +327,11 @@ def train(config: Config, console: Console, restart: bool = False) -> dict:
     return summary
 
 
-def prepare_folder(config: Config, fingerprint: str, restart: bool) -> Path | None:
-    """Check that the run folder can be used, and change nothing; returns the checkpoint to continue from."""
+def prepare_folder(config: Config, fingerprint: str, restart: bool, console: Console) -> Path | None:
+    """Check that the run folder can be used; returns the checkpoint to continue from: the newest without damage.
+
+    Damaged ones that are newer are named and set aside; nothing else is changed.
+    """
     folder = Path(config.run)
     require_folder(folder, "run folder", "set run=…")
     # hidden names are drafts of a run that was killed while it wrote its first file
@@ -226,12 +343,16 @@ def prepare_folder(config: Config, fingerprint: str, restart: bool) -> Path | No
         )
     if restart:
         return None
-    checkpoint = latest_checkpoint(folder / "checkpoints")
+    checkpoint, complaints = newest_whole_checkpoint(folder / "checkpoints")
     if checkpoint is not None and read_state(checkpoint)["config"] != fingerprint:
         raise VlmtuneError(
             f"{folder} holds a run of another config{_what_differs(folder, config)}; give this one another folder "
             "(run=…), or delete that run with --restart."
         )
+    for complaint in complaints:
+        console.print(f"warning: {complaint}; {checkpoint.name} is used", highlight=False, markup=False)
+    for newer in [path for path in checkpoint_folders(folder / "checkpoints") if path.name > checkpoint.name]:
+        set_aside(newer)
     return checkpoint
 
 
@@ -287,7 +408,7 @@ def require_best(best: str, metrics: dict[str, float]) -> None:
         raise VlmtuneError(f"checkpoint.best is {best!r}, but evaluation reports {', '.join(sorted(metrics))}.")
 
 
-class PageWriter:
+class PageWriter(Observer):
     """Keeps report.html of a run in progress up to date."""
 
     def __init__(self, folder: Path, every_seconds: float):
@@ -300,6 +421,9 @@ class PageWriter:
             self._last = time.monotonic()
 
     def on_eval(self, state, metrics: dict) -> None:
+        write_page(self.folder)
+
+    def on_finding(self, state, finding: Finding) -> None:
         write_page(self.folder)
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from vlmtune.errors import VlmtuneError
 
@@ -89,12 +90,125 @@ class Length:
         return math.ceil(self.amount * samples_per_epoch / samples_per_step)
 
 
+def learning_rates(value: Steps) -> Piecewise:
+    """`piecewise` of learning rates: none below 0, one above it; 0 is frozen."""
+    rates = piecewise(value)
+    if min(rates.values) < 0 or max(rates.values) <= 0:
+        raise VlmtuneError(f"learning rate {value}: none may be below 0, and one must be above it.")
+    return rates
+
+
+Shape = Callable[[int], float]
+"""Optimizer step (0-based) -> factor on the peak learning rate."""
+
+
 def cosine_with_warmup(step: int, total: int, warmup: int, floor: float) -> float:
     """Factor on the learning rate at `step` (0-based) (SPEC D1).
 
     Linear from 1/warmup to 1 over `warmup` steps, then half a cosine down to `floor` at the last step.
     """
+    return _warmed_up(step, total, warmup, lambda x: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * x)))
+
+
+def linear_with_warmup(step: int, total: int, warmup: int, floor: float) -> float:
+    """As `cosine_with_warmup`, with a straight line down to `floor`."""
+    return _warmed_up(step, total, warmup, lambda x: 1 - (1 - floor) * x)
+
+
+def constant_with_warmup(step: int, warmup: int) -> float:
+    """Linear from 1/warmup to 1, then 1."""
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def warmup_stable_decay(step: int, total: int, warmup: int, decay: int, floor: float) -> float:
+    """Linear warmup, then 1, then a straight line to `floor` over the last `decay` steps (Hu et al. 2024, MiniCPM)."""
+    if step < total - decay:
+        return constant_with_warmup(step, warmup)
+    return 1 - (1 - floor) * (step + 1 - (total - decay)) / decay
+
+
+def _warmed_up(step: int, total: int, warmup: int, after: Callable[[float], float]) -> float:
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return after(min(1.0, (step - warmup) / max(1, total - 1 - warmup)))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a staged schedule: from learning rate `start` to `to` within `steps` steps."""
+
+    start: float
+    to: float
+    steps: int
+    shape: Literal["linear", "cosine"]
+
+
+def staged(step: int, stretches: Sequence[Stretch], peak: float) -> float:
+    """Factor on the peak at `step` of consecutive stretches (SPEC D2): 1e-6 -> 2e-4, constant, cosine to 1e-5.
+
+    The first step of a stretch is one step beyond its start, its last step is at its end, so that a stretch from 1e-6
+    over n steps makes n steps of equal size and none twice.
+    """
+    first = 0
+    for stretch in stretches:
+        if step < first + stretch.steps or stretch is stretches[-1]:
+            x = min(1.0, (step - first + 1) / stretch.steps)
+            x = 0.5 * (1 - math.cos(math.pi * x)) if stretch.shape == "cosine" else x
+            return (stretch.start + (stretch.to - stretch.start) * x) / peak
+        first += stretch.steps
+    raise AssertionError("a staged schedule has a stretch")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The learning rate of one rule, as a factor on its peak (SPEC D1-D3, F1).
+
+    shape: of the whole run; over: progress -> factor on the peak, 0 where the rule is frozen; warmup: steps over which
+    what starts to train after step 0 rises in a straight line.
+    """
+
+    shape: Shape
+    over: Piecewise
+    warmup: int
+    total: int
+
+    def is_active(self, step: int) -> bool:
+        """Whether the rule trains at this step."""
+        return self.over(step / self.total) > 0
+
+    def factor(self, step: int) -> float:
+        """On the peak learning rate, at this step; 0 where the rule is frozen."""
+        factor = self.over(step / self.total)
+        if factor == 0:
+            return 0.0
+        since = self._active_since(step)
+        own = min(1.0, (step - since + 1) / self.warmup) if since and self.warmup else 1.0
+        return self.shape(step) * factor * own
+
+    def _active_since(self, step: int) -> int:
+        """The first step of the time without a 0 that `step` lies in."""
+        since = 0
+        frozen = False
+        for start, value in zip(self.over.starts, self.over.values, strict=True):
+            first = first_reaching(start, self.total)
+            if first > step:
+                break
+            if value > 0 and frozen:
+                since = first
+            frozen = value == 0
+        return since
+
+    @property
+    def phases(self) -> list[int]:
+        """Steps at which the rule starts or stops to train, step 0 included."""
+        firsts = [first_reaching(start, self.total) for start in self.over.starts]
+        states = [value > 0 for value in self.over.values]
+        return [0] + [f for f, was, now in zip(firsts[1:], states, states[1:], strict=False) if was != now]
+
+
+def first_reaching(start: float, total: int) -> int:
+    """The smallest k with k / total >= start, in the arithmetic in which a step (or sample) asks for its values."""
+    k = max(0, math.ceil(start * total) - 1)
+    while k < total and k / total < start:
+        k += 1
+    return k

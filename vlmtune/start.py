@@ -4,9 +4,11 @@ can be used, and memory, predicted and measured."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,13 +18,18 @@ from vlmtune.adapt.memory import PeakMeter, predict_step
 from vlmtune.adapt.plan import Plan, Policy
 from vlmtune.adapt.prediction import Prediction, StepSettings
 from vlmtune.adapt.serving import serving_notes
+from vlmtune.adapt.state import trained_buffers
+from vlmtune.build_course import policies_at
 from vlmtune.checks.before import initial_findings
 from vlmtune.config import Config
 from vlmtune.data.encode import Encoder
 from vlmtune.data.loader import Steps
+from vlmtune.models.anatomy import canonical_parameters
 from vlmtune.models.quantise import stored_bytes
 from vlmtune.models.vocabulary import NewTokens
-from vlmtune.optim.precision import autocast
+from vlmtune.observer import Observer
+from vlmtune.optim.precision import Precision, autocast
+from vlmtune.trainer import Settings
 from vlmtune.types import Batch, Finding, VlmtuneError
 
 MIB = 2**20
@@ -53,7 +60,7 @@ def assignment_table(rows: list[dict]) -> Table:
 
 
 def check_start(
-    model: torch.nn.Module, plan: Plan, encoder: Encoder, batch: Batch, precision: Literal["bf16", "fp32"]
+    model: torch.nn.Module, plan: Plan, encoder: Encoder, batch: Batch, precision: Precision
 ) -> list[Finding]:
     """How everything that learns begins (SPEC D6). Raises VlmtuneError for the first finding that fails.
 
@@ -89,13 +96,57 @@ def describe_start(model: torch.nn.Module, plan: Plan, findings: list[Finding], 
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
-def predict_memory(
+@dataclass(frozen=True)
+class Phase:
+    """A time of the run in which the same rules train. first: step; predicted: memory of a step, or why it is not."""
+
+    first: int
+    active: list[str]
+    predicted: Prediction | str
+
+
+def predict_phases(
+    config: Config,
+    settings: Settings,
+    model: torch.nn.Module,
+    batches: list[Batch],
+    new_tokens: NewTokens,
+    device: torch.device,
+) -> list[Phase]:
+    """What trains when, and the memory of a step of each phase (SPEC F1, C9); one phase where nothing is unfrozen."""
+    phases = []
+    for first in sorted(settings.phases()):
+        rules = policies_at(config, settings, first)
+        active = [rule for rule, policy in rules if policy.train != "frozen"]
+        if not active:
+            raise VlmtuneError(
+                f"plan: from step {first + 1} on nothing trains, every rule is frozen; give one rule a learning rate "
+                "above 0 at that time."
+            )
+        found = _predict(config, rules, model, batches, new_tokens, settings.precision, device)
+        phases.append(Phase(first, active, found))
+    return phases
+
+
+def describe_phases(phases: list[Phase], settings: Settings) -> list[str]:
+    """A line for each phase, where there are several."""
+    if len(phases) == 1:
+        return []
+    lines = []
+    for phase, last in zip(phases, [*(later.first for later in phases[1:]), settings.total_steps], strict=True):
+        memory = phase.predicted
+        size = memory if isinstance(memory, str) else f"predicted {memory.total / MIB:,.0f} MiB"
+        lines.append(f"steps {phase.first + 1} to {last}: {', '.join(phase.active)} train; {size}")
+    return lines
+
+
+def _predict(
     config: Config,
     rules: Sequence[tuple[str, Policy]],
     model: torch.nn.Module,
     batches: list[Batch],
     new_tokens: NewTokens,
-    precision: Literal["bf16", "fp32"],
+    precision: Precision,
     device: torch.device,
 ) -> Prediction | str:
     """Of a step with the largest of these micro-batches; a sentence where this model or plan cannot be predicted."""
@@ -111,13 +162,48 @@ def predict_memory(
         return f"not predicted for this model ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
 
 
+def require_disk(folder: Path, model: torch.nn.Module, plan: Plan, config: Config, console: Console) -> None:
+    """Say what the checkpoints of a run will take, and refuse to start where they cannot fit (SPEC H1).
+
+    At the most there are `checkpoint.keep` of them, the best one, and one that is being written.
+    """
+    count = config.checkpoint.keep + 2
+    size = checkpoint_bytes(model, plan, config.optim.name)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    place = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(place).free
+    console.print(
+        f"checkpoints: about {size / MIB:,.1f} MiB each, at most {count} at a time; {free / 2**30:,.1f} GiB are free",
+        highlight=False,
+    )
+    if count * size - there > free:
+        raise VlmtuneError(
+            f"{folder}: {count} checkpoints of {size / MIB:,.0f} MiB need {count * size / MIB:,.0f} MiB, but "
+            f"{free / MIB:,.0f} MiB are free on that disk; free some space, set run to another disk, or lower "
+            "checkpoint.keep."
+        )
+
+
+def checkpoint_bytes(model: torch.nn.Module, plan: Plan, optimizer: str) -> int:
+    """What trains in float32, what adapters brought besides, statistics, and both moments of the optimizer."""
+    trained = sum(parameter.numel() for parameter in plan.parameters.values())
+    fixed = sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in canonical_parameters(model).items()
+        if name in plan.adapter_parameters and name not in plan.parameters
+    )
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in trained_buffers(model, plan).values())
+    moments = 2 if optimizer.endswith("8bit") else 8
+    return trained * (4 + moments) + fixed + buffers
+
+
 def held_bytes(model: torch.nn.Module) -> int:
     """What the model's weights and buffers take, constants of quantised weights included."""
     weights, constants = stored_bytes(model)
     return weights + constants + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
 
 
-class MemoryReport:
+class MemoryReport(Observer):
     """Compares the prediction with what the first step of this process took, prints a line and writes memory.json.
 
     A resumed run has the optimizer's state from the beginning, so its first step is like any later one.
@@ -146,6 +232,3 @@ class MemoryReport:
         if measured is not None and record["predicted"]:
             seen += f" ({measured / record['predicted'] - 1:+.0%})"
         self.console.print(f"memory: {said}; {seen}", highlight=False, markup=False)
-
-    def on_eval(self, state: Any, metrics: dict[str, Any]) -> None:
-        """Evaluations have peaks of their own."""

@@ -4,56 +4,78 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlmtune.adapt.plan import Plan
+from vlmtune.adapt.state import trained_buffers
 from vlmtune.checkpoint import (
+    Recorded,
     TrainState,
     checkpoint_name,
     checkpoints,
     load_checkpoint,
+    newest_whole_checkpoint,
     point,
+    read_state,
     remove_checkpoint,
     remove_leftovers,
     save_checkpoint,
 )
+from vlmtune.checks.during import LossWatch, judge_overflow, judge_statistics
+from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM, set_training_mode
+from vlmtune.observer import Observer
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import set_learning_rates
-from vlmtune.optim.precision import autocast
-from vlmtune.types import Batch, VlmtuneError
+from vlmtune.optim.precision import LossScale, Precision, autocast
+from vlmtune.optim.statistics import GradientStatistics, Row
+from vlmtune.optim.unfreeze import set_active
+from vlmtune.probe import Probe
+from vlmtune.recovery import NonFinite, Recovery, Snapshot
+from vlmtune.schedule import Rate
+from vlmtune.types import Batch, Finding, VlmtuneError
+
+HISTORY = 200  # steps whose loss and norm are remembered for a diagnosis
+MEASURED = 10  # measurements of every parameter that a new one is compared with
 
 
 @dataclass(frozen=True)
 class Settings:
-    """total_steps, checkpoint_every, eval_every (None: never during training), log_every: optimizer steps."""
+    """total_steps, checkpoint_every, eval_every (None: never during training), log_every, statistics_every: optimizer
+    steps.
+
+    rates: rule -> how its learning rate moves, and whether it trains; clip: limit of the joint gradient norm of rules
+    that are not in clip_by_rule; patience: evaluations that are not better by `delta` before the run stops.
+    """
 
     total_steps: int
-    schedule: Callable[[int], float]  # step -> factor on every learning rate
-    clip: float
-    precision: Literal["bf16", "fp32"]
+    rates: Mapping[str, Rate]
+    clip: float | None
+    clip_by_rule: Mapping[str, float]
+    precision: Precision
     log_every: int
     checkpoint_every: int
     keep: int
     eval_every: int | None
     best: str
     best_is: Literal["lowest", "highest"]
+    patience: int | None = None
+    delta: float = 0.0
+    statistics_every: int | None = None
 
-
-class Observer(Protocol):
-    """Watches, never changes the update."""
-
-    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None: ...
-
-    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None: ...
+    def phases(self) -> set[int]:
+        """Steps at which some rule starts or stops to train, 0 included."""
+        changes = {step for rate in self.rates.values() for step in rate.phases}
+        return {0} | {step for step in changes if step < self.total_steps}
 
 
 class LossDriven(Protocol):
@@ -116,12 +138,24 @@ class StepLosses:
         )
 
 
+@dataclass(frozen=True)
+class Past:
+    """Of a step that was made: its loss, the gradient norms by rule ("total" of all), and the loss scale."""
+
+    loss: float
+    norms: dict[str, float]
+    scale: float
+
+
 class Trainer:
     """Runs optimizer steps.
 
     steps: (start, stop) -> iterator over lists of micro-batches; evaluate: step -> metrics (keys "loss" and
     "group/task/metric"); folder: where checkpoints go; fingerprint: of the config; sampling: what draws the samples
-    of `steps`, where that depends on losses.
+    of `steps`, where that depends on losses; recovery: what to do about numbers that are not finite; probe: samples
+    whose losses every checkpoint records; companions: files of the run that every checkpoint copies; stop: asks the
+    run to end; investigate: is told of a step that is not finite, with the random state before it, and returns what
+    caused it, in a sentence.
     """
 
     def __init__(
@@ -138,142 +172,366 @@ class Trainer:
         observers: Sequence[Observer] = (),
         evaluate: Callable[[int], dict[str, Any]] | None = None,
         sampling: LossDriven | None = None,
+        recovery: Recovery = Recovery(),  # noqa: B008  frozen
+        probe: Probe | None = None,
+        companions: Sequence[Path] = (),
+        stop: StopRequest | None = None,
+        investigate: Callable[[NonFinite, dict[str, Any]], str] | None = None,
     ):
         self.model, self.plan, self.optimizer = model, plan, optimizer
         self.module = TrainingModule(VLM(model), objective)
         self.steps, self.settings, self.folder, self.fingerprint = steps, settings, folder, fingerprint
         self.device, self.observers, self.evaluate = device, observers, evaluate
-        self.sampling = sampling
+        self.sampling, self.recovery, self.probe, self.companions = sampling, recovery, probe, companions
+        self.stop, self.investigate = stop or StopRequest(), investigate
         self.groups = plan.groups()
         self.state = TrainState()
+        self.scale = LossScale.of(settings.precision)
+        self.watch = LossWatch()
+        self.statistics = GradientStatistics(plan.parameters)
+        self.history: deque[Past] = deque(maxlen=HISTORY)
+        self._phases = settings.phases()
+        self._buffers = trained_buffers(model, plan)
+        self._earlier_statistics: list[dict[str, Row]] = []
         self._saved_step: int | None = None
 
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where `checkpoint` was written."""
-        self.state = load_checkpoint(
-            checkpoint, self.model, self.plan, self.optimizer, self.fingerprint, self.module.objective
-        )
-        if self.sampling is not None:
-            self.sampling.restore(self.state.extra["sampling"])
+        self._load(checkpoint)
         written = self.folder / checkpoint_name(self.state.step)
         if written.is_dir():  # a kill may have come between writing it and naming it
             point(self.folder / "latest", written)
             if self.state.best_step == self.state.step:
                 point(self.folder / "best", written)
 
+    def _load(self, checkpoint: Path) -> None:
+        step = read_state(checkpoint)["state"]["step"]
+        self._activate(max(0, step - 1))  # as when it was written, so that every state in it has its parameter
+        self.state = load_checkpoint(
+            checkpoint, self.model, self.plan, self.optimizer, self.fingerprint, self.module.objective
+        )
+        if self.sampling is not None:
+            self.sampling.restore(self.state.extra["sampling"])
+        if self.scale is not None and self.state.loss_scale is not None:
+            self.scale = LossScale(**self.state.loss_scale)
+        if "watch" in self.state.extra:
+            self.watch.restore(self.state.extra["watch"])
+
     def fit(self) -> TrainState:
-        """Train to the last step; checkpoints and evaluations on the way. Resumes are bit-exact on CPU."""
-        settings, state = self.settings, self.state
+        """Train to the last step; checkpoints and evaluations on the way. Resumes are bit-exact on CPU.
+
+        Raises Interrupted after the step in which a stop was asked for, with a checkpoint written.
+        """
         remove_leftovers(self.folder)
-        set_training_mode(self.model)
-        before = state.seconds
-        started = arrived = time.perf_counter()
+        with self.stop.deferred():
+            try:
+                self._activate(self.state.step)
+                set_training_mode(self.model)
+                if self.recovery.rewinds and not checkpoints(self.folder):
+                    self.save()  # something to go back to
+                if self._evaluation_is_due() and self.state.step != self.state.evaluated:
+                    self.run_evaluation()  # a stop came between the step and its evaluation
+                while self.state.step < self.settings.total_steps and self.state.stopped is None:
+                    self._train_until_rewind()
+            except Interrupted as interrupted:
+                if self._saved_step != self.state.step:
+                    self.save()
+                raise Interrupted(
+                    interrupted.number, f"{interrupted}; a checkpoint of step {self.state.step} is written."
+                ) from interrupted
+        return self.state
+
+    def _train_until_rewind(self) -> None:
+        """Steps until the last one, until the run stops early, or until it has gone back and needs earlier data."""
+        settings, state = self.settings, self.state
+        arrived = time.perf_counter()
         for micro_batches in self.steps(state.step, settings.total_steps):
             waited = time.perf_counter() - arrived
-            metrics = self.train_step(micro_batches)
-            state.seconds = before + time.perf_counter() - started
+            try:
+                metrics = self._attempt(micro_batches)
+            except NonFinite as failure:
+                self._give_up_or(failure)
+                return
+            state.seconds += time.perf_counter() - arrived
             metrics |= {"data_wait": waited, "step_seconds": time.perf_counter() - arrived}
             self._tell("on_step", metrics)
-            if settings.eval_every and state.step % settings.eval_every == 0 and state.step < settings.total_steps:
+            if self._jumped(metrics):
+                return
+            if self._evaluation_is_due():
+                self.stop.raise_if_asked()
                 self.run_evaluation()
             is_due = state.step % settings.checkpoint_every == 0 or state.step == settings.total_steps
-            if is_due and self._saved_step != state.step:  # the evaluation saves what it finds best
+            if (is_due or state.stopped) and self._saved_step != state.step:  # the evaluation saves what it finds best
                 self.save()
+            if state.stopped:
+                return
+            self.stop.raise_if_asked()
             arrived = time.perf_counter()
-        return state
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.state.step, self.settings.eval_every
+        return bool(every) and step > 0 and step % every == 0 and step < self.settings.total_steps
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def _attempt(self, micro_batches: list[Batch]) -> dict[str, Any]:
+        """A step, or what takes its place: nothing for a batch that is left out."""
+        if self.state.step in self.state.skipped:
+            return self._pass_over(micro_batches)
+        if self.state.step in self._phases:
+            self._activate(self.state.step)
+        before = Snapshot.of(self._buffers)
+        try:
+            return self.train_step(micro_batches)
+        except NonFinite as failure:
+            before.restore_buffers()
+            failure.step, failure.micro_batches = self.state.step, micro_batches
+            if self.investigate is not None:
+                failure.cause = self.investigate(failure, before.rng_state())
+            before.restore_rng()
+            self.optimizer.zero_grad()
+            if self.recovery.nonfinite != "skip":
+                raise
+            self._require_patience(failure)
+            self.state.skipped.append(self.state.step)
+            self._find("warn", "a step is not finite", f"{failure}", "its batch is left out")
+            return self._pass_over(micro_batches)
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step: count weights, forward and backward each micro-batch, clip, refuse or update."""
-        lr = set_learning_rates(self.optimizer, self.settings.schedule(self.state.step))
-        objective = self.module.objective
-        weights = objective.weights(micro_batches, self.state.step / self.settings.total_steps)
+        """One optimizer step: count weights, forward and backward each micro-batch, clip, refuse or update.
+
+        Raises NonFinite, with nothing updated.
+        """
+        state, settings, objective = self.state, self.settings, self.module.objective
+        lr = set_learning_rates(self.optimizer, lambda rule: state.lr_scale * settings.rates[rule].factor(state.step))
+        weights = objective.weights(micro_batches, state.step / settings.total_steps)
+        scale = 1.0 if self.scale is None else self.scale.value
         parts: list[Losses] = []
         for batch in micro_batches:
-            with autocast(self.settings.precision, self.device):
-                losses = self.module(batch.to(self.device), weights)  # sums / global weight: they add up
-            losses.total.backward()
+            with autocast(settings.precision, self.device):
+                losses = self._forward(batch, weights)  # sums / global weight: they add up
+            if losses.total.requires_grad:  # text alone reaches nothing where only vision and projector train
+                (losses.total * scale).backward()
             parts.append(losses.detach())
         sums = StepLosses.of(parts)
-        if self.state.step == 0:
+        if state.step in self._phases:
             self.refuse_missing_gradients()
-        norms = clip_gradients(self.groups, self.settings.clip)
-        self.refuse_not_finite(sums, norms, micro_batches)
+        if self.scale is not None:
+            self.scale.unscale(self.plan.parameters.values())
+        is_measured = settings.statistics_every and (state.step + 1) % settings.statistics_every == 0
+        measured = self.statistics.begin() if is_measured else None
+        norms = clip_gradients(self.groups, settings.clip, settings.clip_by_rule)
+        norms = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))  # one wait for the device
+        overflowed = self._overflowed(sums, norms)
+        if not overflowed:
+            self._refuse_not_finite(sums, norms)
         coefficients = objective.balance.coefficients(weights.tasks)
-        objective.balance.before_update(sums.tasks)
-        self.optimizer.step()
-        objective.balance.after_update()
+        if not overflowed:
+            objective.balance.before_update(sums.tasks)
+            self.optimizer.step()
+            objective.balance.after_update()
+        rows = self.statistics.end(measured) if measured is not None and not overflowed else None
         self.optimizer.zero_grad()
         shares = {} if self.sampling is None else self.sampling.shares
         if self.sampling is not None:
             self.sampling.observe(sums.tasks)
-        self.state.step += 1
-        samples = sum(len(batch.sample_ids) for batch in micro_batches)
-        tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in micro_batches)
-        self.state.samples += samples
-        self.state.tokens += tokens
+        counted = self._count(micro_batches)
+        self.history.append(Past(sums.total, norms, scale))
+        if rows is not None:
+            self._judge(rows)
         return {
             "loss": sums.total, "losses": sums.tasks, "plain": sums.plain, "weights": weights.tasks,
             "supervised": weights.tokens, "coefficients": coefficients,
             "shares": shares, "terms": sums.terms, "term_counts": weights.counts, "exposure": weights.exposure,
-            "norms": norms, "lr": lr, "samples": samples, "tokens": tokens,
+            "norms": norms, "lr": lr, "scale": scale, "statistics": rows, **counted,
         }  # fmt: skip
 
+    def _forward(self, batch: Batch, weights: StepWeights) -> Losses:
+        try:
+            return self.module(batch.to(self.device), weights)
+        except IndexError as error:  # an id beyond the vocabulary; on CUDA the process cannot go on after it
+            raise NonFinite(f"the forward raised {type(error).__name__}: {error}") from error
+
+    def _count(self, micro_batches: list[Batch]) -> dict[str, int]:
+        samples = sum(len(batch.sample_ids) for batch in micro_batches)
+        tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in micro_batches)
+        self.state.step += 1
+        self.state.samples += samples
+        self.state.tokens += tokens
+        return {"samples": samples, "tokens": tokens}
+
+    def _pass_over(self, micro_batches: list[Batch]) -> dict[str, Any]:
+        """A step without an update: its batch is left out, the data position and the schedules move on."""
+        return {"skipped": True, **self._count(micro_batches)}
+
+    def _activate(self, step: int) -> None:
+        """Let the rules that train at `step` train, and freeze the others."""
+        if set_active(self.optimizer, lambda rule: self.settings.rates[rule].is_active(step)):
+            set_training_mode(self.model)
+
     def refuse_missing_gradients(self) -> None:
-        """After the first backward every parameter meant to train has a gradient, or the run stops and names it."""
-        missing = [name for name, p in self.plan.parameters.items() if p.grad is None]
+        """After the first backward of a phase every parameter that trains has a gradient, or the run stops and names
+        it."""
+        training = {name: p for name, p in self.plan.parameters.items() if p.requires_grad}
+        missing = [name for name, p in training.items() if p.grad is None]
         if missing:
             raise VlmtuneError(
-                f"plan: {len(missing)} of {len(self.plan.parameters)} parameters meant to train got no gradient, "
+                f"plan: {len(missing)} of {len(training)} parameters meant to train got no gradient, "
                 f"first {missing[0]}; freeze them, or check that the data reaches that part (vision needs images)."
             )
 
-    def refuse_not_finite(self, sums: StepLosses, norms: dict[str, Tensor], batches: list[Batch]) -> None:
-        """Stop before the update when a loss or gradient norm is NaN or infinite."""
-        if math.isfinite(float(norms["total"]) + sums.total):
+    # ---- numbers that are not finite, losses that jump ---------------------------------------------------------------
+
+    def _overflowed(self, sums: StepLosses, norms: dict[str, float]) -> bool:
+        """Of float16: whether only the scaled gradients overflowed: then the scale falls, and nothing is updated."""
+        if self.scale is None or not math.isfinite(sums.total):
+            return False
+        overflow = not math.isfinite(norms["total"])
+        if overflow and self.scale.value < 1:
+            return False  # no scale helps: it is a failure like any other
+        self.scale.update(overflow)
+        self.state.overflows += overflow
+        if overflow:
+            for finding in judge_overflow([*(past.scale for past in self.history), self.scale.value]):
+                self._find(finding.level, finding.what, finding.evidence, finding.remedy)
+        return overflow
+
+    @staticmethod
+    def _refuse_not_finite(sums: StepLosses, norms: dict[str, float]) -> None:
+        """Raise NonFinite before the update when a loss or gradient norm is NaN or infinite."""
+        if math.isfinite(norms["total"] + sums.total):
             return
-        bad = [rule for rule, norm in norms.items() if rule != "total" and not bool(torch.isfinite(norm))]
+        rules = [rule for rule, norm in norms.items() if rule != "total" and not math.isfinite(norm)]
         tasks = [name for name, loss in sums.tasks.items() if not math.isfinite(loss)]
-        ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
-        shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
-        raise VlmtuneError(
-            f"step {self.state.step + 1}: not finite: gradient of {', '.join(bad) or 'no rule'}, "
-            f"loss of {', '.join(tasks) or 'no task'}; nothing was updated. Samples of this step: {shown}. "
-            "Lower optim.lr, look at these samples with `vlmtune inspect`, or try train.precision=fp32."
-        )
+        raise NonFinite(f"gradient of {', '.join(rules) or 'no rule'}, loss of {', '.join(tasks) or 'no task'}")
+
+    def _give_up_or(self, failure: NonFinite) -> None:
+        """Go back a checkpoint if the policy says so. Raises what the user reads otherwise."""
+        if self.recovery.nonfinite == "rewind":
+            self._require_patience(failure)
+            self.rewind(f"{failure}")
+            return
+        if self._weights_are_finite() and self._saved_step != self.state.step:
+            self.save()  # everything needed to go on
+        raise VlmtuneError(f"{failure} {failure.remedy}")
+
+    def _require_patience(self, failure: Exception) -> None:
+        """Raise VlmtuneError where the run has been mended as often as it may be."""
+        mended = len(self.state.skipped)
+        if mended >= self.recovery.limit:
+            raise VlmtuneError(
+                f"{failure} {mended} batches were left out already, as many as stability.limit allows; see what was "
+                "found with `vlmtune doctor`, or raise it."
+            )
+
+    def _jumped(self, metrics: dict[str, Any]) -> bool:
+        """Watch the loss; returns whether the run went back because of it."""
+        if "loss" not in metrics:
+            return False
+        finding = self.watch.observe(metrics["loss"])
+        if finding is None:
+            return False
+        if self.recovery.spikes == "warn":
+            self._find(finding.level, finding.what, finding.evidence, finding.remedy)
+            return False
+        self.state.step -= 1  # the step that is left out when it comes again
+        self._require_patience(VlmtuneError(f"step {self.state.step + 1}: {finding.what}, {finding.evidence};"))
+        self.rewind(f"step {self.state.step + 1}: {finding.what}, {finding.evidence}")
+        return True
+
+    def rewind(self, why: str) -> None:
+        """Go back to the newest whole checkpoint with lower learning rates; the step at hand is left out when it comes
+        again. The checkpoint is written again with that, so that a resume knows it."""
+        failed, seconds = self.state.step, self.state.seconds
+        checkpoint, complaints = newest_whole_checkpoint(self.folder)
+        if checkpoint is None:
+            raise VlmtuneError(f"{why}; there is no checkpoint to go back to.")
+        skipped, rewinds = self.state.skipped, self.state.rewinds
+        scale = self.state.lr_scale * self.recovery.lr_factor
+        self._load(checkpoint)
+        state = self.state
+        state.skipped, state.rewinds = [*skipped, failed], [*rewinds, [failed, state.step]]
+        state.lr_scale, state.seconds = scale, seconds
+        self._activate(state.step)
+        set_training_mode(self.model)
+        self.save()
+        self._tell("on_rewind")
+        self._find(
+            "warn", "the run went back", why + "".join(f"; {complaint}" for complaint in complaints),
+            f"it continues from step {state.step} with {scale:g} x the learning rates, without the batch of step "
+            f"{failed + 1}",
+        )  # fmt: skip
+
+    def _weights_are_finite(self) -> bool:
+        norms = torch._foreach_norm([p.detach() for p in self.plan.parameters.values()])
+        return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
+
+    def _judge(self, rows: dict[str, Row]) -> None:
+        for finding in judge_statistics(rows, self._earlier_statistics):
+            self._find(finding.level, finding.what, finding.evidence, finding.remedy)
+        self._earlier_statistics = [*self._earlier_statistics, rows][-MEASURED:]
+
+    def _find(self, level: str, what: str, evidence: str, remedy: str) -> None:
+        finding = Finding(level, what, evidence, remedy)
+        for observer in self.observers:
+            observer.on_finding(self.state, finding)
+
+    # ---- evaluations and checkpoints ---------------------------------------------------------------------------------
 
     def run_evaluation(self) -> dict[str, Any] | None:
-        """Evaluate without touching the training RNG, and remember whether this is the best so far."""
+        """Evaluate without touching the training RNG, remember whether this is the best so far, and whether to stop.
+
+        Raises Interrupted at any moment: then it counts as not evaluated.
+        """
         if self.evaluate is None:
             return None
         rng = torch.get_rng_state()
         self.model.eval()
-        metrics = self.evaluate(self.state.step)
-        set_training_mode(self.model)
-        torch.set_rng_state(rng)
+        try:
+            with self.stop.immediate():
+                metrics = self.evaluate(self.state.step)
+        finally:
+            set_training_mode(self.model)
+            torch.set_rng_state(rng)
         value = metrics.get(self.settings.best)
         if value is None:
             raise VlmtuneError(
                 f"checkpoint.best is {self.settings.best!r}, but evaluation reports {', '.join(sorted(metrics))}."
             )
-        better = self.state.best is None or (
-            value < self.state.best if self.settings.best_is == "lowest" else value > self.state.best
-        )
+        state = self.state
+        state.evaluated = state.step
+        better = self._is_better(value, state.best)
         if better:
-            self.state.best, self.state.best_step = value, self.state.step
+            state.best, state.best_step = value, state.step
+        self._wait(value)
         self._tell("on_eval", metrics)
-        if better and self.state.step:
+        if better and state.step:
             self.save()
-            point(self.folder / "best", self.folder / checkpoint_name(self.state.step))
+            point(self.folder / "best", self.folder / checkpoint_name(state.step))
         return metrics
+
+    def _is_better(self, value: float, than: float | None, by: float = 0.0) -> bool:
+        if than is None:
+            return True
+        return value < than - by if self.settings.best_is == "lowest" else value > than + by
+
+    def _wait(self, value: float) -> None:
+        """Early stopping: count evaluations since the last one that was better by delta."""
+        state, patience = self.state, self.settings.patience
+        if self._is_better(value, state.reference, self.settings.delta):
+            state.reference, state.waited = value, 0
+            return
+        state.waited += 1
+        if patience is not None and state.waited >= patience:
+            state.stopped = (
+                f"{self.settings.best} was not better than {state.reference:.4g} for {state.waited} evaluations "
+                "(checkpoint.patience)"
+            )
 
     def save(self) -> Path:
         """Write a checkpoint, point `latest` at it, delete what is neither best, latest nor among the newest kept."""
         folder = self.folder / checkpoint_name(self.state.step)
-        if self.sampling is not None:
-            self.state.extra["sampling"] = self.sampling.state()
-        save_checkpoint(
-            folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint, self.module.objective
-        )
+        self.write(folder, self._recorded())
         point(self.folder / "latest", folder)
         best = self.folder / "best"
         kept = {p.resolve() for p in checkpoints(self.folder)[-self.settings.keep :]}
@@ -284,6 +542,23 @@ class Trainer:
         self._saved_step = self.state.step
         return folder
 
-    def _tell(self, event: str, metrics: dict[str, Any]) -> None:
+    def write(self, folder: Path, recorded: Recorded | None = None) -> None:
+        """A checkpoint of this moment, anywhere. recorded: what it holds besides the training."""
+        if self.sampling is not None:
+            self.state.extra["sampling"] = self.sampling.state()
+        self.state.extra["watch"] = self.watch.state()
+        self.state.loss_scale = None if self.scale is None else dict(vars(self.scale))
+        save_checkpoint(
+            folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint, self.module.objective, recorded
+        )
+
+    def _recorded(self) -> Recorded | None:
+        if self.probe is None:
+            return None
+        losses = self.probe.losses(self.model, self.settings.precision)
+        set_training_mode(self.model)
+        return Recorded(self.probe, losses, self.settings.precision, self.companions)
+
+    def _tell(self, event: str, *told: dict[str, Any]) -> None:
         for observer in self.observers:
-            getattr(observer, event)(self.state, metrics)
+            getattr(observer, event)(self.state, *told)

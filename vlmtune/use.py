@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -20,9 +19,9 @@ from vlmtune.build import (
     fit_data,
     load_base,
     load_model,
-    policies,
     resolve_model,
 )
+from vlmtune.build_course import policies
 from vlmtune.checkpoint import checkpoints, load_weights
 from vlmtune.config import Config, load_config
 from vlmtune.data.encode import Encoder
@@ -32,10 +31,11 @@ from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
 from vlmtune.evaluate.regions import masks_of_sample
 from vlmtune.models.load import load_processor
-from vlmtune.models.quantise import place
+from vlmtune.models.quantise import QUANTISED, place
 from vlmtune.observe.log import CountingBar
-from vlmtune.optim.precision import autocast, resolve_precision
+from vlmtune.optim.precision import Precision, autocast, resolve_precision
 from vlmtune.outcome import metrics_table
+from vlmtune.probe import require_same_losses
 from vlmtune.types import Box, Boxes, ImageRef, Point, Sample, Text, Turn, VlmtuneError
 
 
@@ -48,7 +48,7 @@ class Loaded:
     config: Config
     model_path: str
     plan: Plan | None
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
 
 
 def load_run(run: Path, checkpoint: str, as_stored: bool = True) -> Loaded:
@@ -66,10 +66,12 @@ def load_run(run: Path, checkpoint: str, as_stored: bool = True) -> Loaded:
     plan = None
     if folder is not None:
         plan = apply_plan(base.model, rules, config.model, config.train.seed, base.new_tokens)
-        load_weights(folder, base.model, plan)
+        described = load_weights(folder, base.model, plan)
         place(base.model, base.model.device)  # read-outs and new rows to where a quantised base was read
     mixed = any(policy.store != "fp32" for _, policy in rules)
     precision = resolve_precision(config.train.precision, best_device()) if mixed else "fp32"
+    if folder is not None and (as_stored or not any(policy.store in QUANTISED for _, policy in policies(config))):
+        require_same_losses(folder, described, base.model, precision)
     return Loaded(base.model.eval(), encoder, config, base.path, plan, precision)
 
 

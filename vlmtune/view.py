@@ -12,13 +12,13 @@ from rich.console import Console
 from vlmtune.build import (
     FittedData,
     build_encoder,
-    build_settings,
     build_steps,
     build_train,
     describe_sources,
     fit_data,
     load_base,
 )
+from vlmtune.build_course import build_settings
 from vlmtune.config import Config
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import load_image

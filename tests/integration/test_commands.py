@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -120,14 +119,12 @@ def test_a_question_that_cannot_be_meant_is_refused(vlmtune, rows, tiny_folder, 
     assert (code, out) == (1, "") and complaint in err
 
 
-def test_a_damaged_newest_checkpoint_can_be_taken_away(config, run, vlmtune):
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on(config, run, vlmtune):
     newest = run / "checkpoints" / "step_000004"
     (newest / "trained.safetensors").write_bytes(b"nothing")
-    code, _, err = vlmtune("train", config)
-    assert code == 1 and "delete this folder and the run continues from the one before" in err
-    shutil.rmtree(newest)
     code, out, err = vlmtune("train", config)
     assert (code, err) == (0, "") and "step 4/4" in out
+    assert "trained.safetensors is damaged" in out and "is used" in out
     (run / "before.json").write_text("{")
     code, _, err = vlmtune("train", config)
     assert code == 1 and "before.json is damaged" in err and "delete it" in err

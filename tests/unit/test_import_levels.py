@@ -11,15 +11,16 @@ import vlmtune
 
 PACKAGE = Path(vlmtune.__file__).parent
 LEVELS = (
-    ("errors", "types", "rules", "schedule", "paths"),
+    ("errors", "types", "rules", "schedule", "paths", "interrupt", "observer"),
     ("data", "models", "losses", "optim"),
     ("adapt", "evaluate"),
     ("checks",),
-    ("trainer", "checkpoint", "observe"),
+    ("trainer", "checkpoint", "observe", "probe", "recovery"),
     (
         "config",
         "build",
         "build_loss",
+        "build_course",
         "stages",
         "run",
         "use",
@@ -30,13 +31,27 @@ LEVELS = (
         "outcome",
         "start",
         "export",
+        "failure",
+        "doctor",
     ),
     ("cli", "__main__"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 MAY_MEET = {  # siblings that DESIGN.md allows to import each other
-    0: {("types", "errors"), ("rules", "errors"), ("schedule", "errors"), ("paths", "errors")},
-    4: {("trainer", "checkpoint")},
+    0: {
+        ("types", "errors"),
+        ("rules", "errors"),
+        ("schedule", "errors"),
+        ("paths", "errors"),
+        ("observer", "types"),
+    },
+    4: {
+        ("trainer", "checkpoint"),
+        ("trainer", "probe"),
+        ("trainer", "recovery"),
+        ("checkpoint", "probe"),
+        ("recovery", "checkpoint"),
+    },
     5: {
         *(
             (part, other)
@@ -45,6 +60,9 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ),
         ("build", "config"),
         ("build", "build_loss"),
+        ("build", "build_course"),
+        ("build_course", "config"),
+        *((part, "build_course") for part in ("run", "use", "view", "ranks", "export", "start")),
         ("build_loss", "config"),
         ("run", "build_loss"),
         ("run", "view"),
@@ -53,6 +71,8 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("export", "use"),
         ("start", "config"),
         ("run", "start"),
+        ("run", "failure"),
+        *(("doctor", other) for other in ("build", "build_course", "build_loss", "config", "failure")),
     },
     6: {("__main__", "cli")},
 }

@@ -10,7 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.schedule import Length, cosine_with_warmup, piecewise
+from vlmtune.schedule import (
+    Length,
+    Piecewise,
+    Rate,
+    Stretch,
+    constant_with_warmup,
+    cosine_with_warmup,
+    first_reaching,
+    learning_rates,
+    linear_with_warmup,
+    piecewise,
+    staged,
+    warmup_stable_decay,
+)
 
 
 def test_a_number_holds_throughout():
@@ -124,3 +137,81 @@ def test_the_cosine_is_torchs():
         scheduler.step()
     ours = [cosine_with_warmup(step, total, warmup, floor) for step in range(warmup, total)]
     assert ours == pytest.approx(expected, abs=1e-9)  # torch applies its recursion, which rounds differently
+
+
+@given(total=st.integers(2, 300), data=st.data(), floor=st.floats(0, 1))
+def test_the_line_is_torchs(total, data, floor):
+    """LinearLR from 1 to the floor, after the warmup; both are in float64: 1e-12."""
+    warmup = data.draw(st.integers(0, total - 2))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    line = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, max(floor, 1e-9), total - 1 - warmup)
+    for step in range(warmup, total):
+        ours = linear_with_warmup(step, total, warmup, max(floor, 1e-9))
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        line.step()
+
+
+def test_warmup_stable_decay_has_three_parts():
+    factors = [warmup_stable_decay(step, 20, 4, 5, 0.1) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(factors[3:15]) == {1.0}
+    assert factors[15:] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1])
+
+
+def test_a_constant_rises_once():
+    assert [constant_with_warmup(step, 2) for step in range(4)] == [0.5, 1, 1, 1]
+    assert constant_with_warmup(0, 0) == 1
+
+
+def test_stages_from_1e_6_over_2e_4_to_1e_5():
+    """SPEC D2: the handbook's three parts; each ends where it says, and none makes a step twice."""
+    parts = [
+        Stretch(1e-6, 2e-4, 10, "linear"),
+        Stretch(2e-4, 2e-4, 20, "linear"),
+        Stretch(2e-4, 1e-5, 10, "cosine"),
+    ]
+    lr = [2e-4 * staged(step, parts, 2e-4) for step in range(45)]
+    assert lr[0] == pytest.approx(1e-6 + 1.99e-5) and lr[9] == pytest.approx(2e-4)
+    assert lr[9:30] == pytest.approx([2e-4] * 21)
+    assert lr[34] == pytest.approx((2e-4 + 1e-5) / 2)  # half a cosine is half way at its middle
+    assert lr[39] == pytest.approx(1e-5) and lr[40:] == pytest.approx([1e-5] * 5)
+    assert all(a > b for a, b in zip(lr[29:40], lr[30:40], strict=False))
+
+
+@pytest.mark.parametrize("value", [0, -1e-4, [[0, 0], [0.5, 0]], [[0, 1e-4], [0.5, -1e-5]]])
+def test_learning_rates_that_train_nothing_are_refused(value):
+    with pytest.raises(VlmtuneError, match="one must be above it"):
+        learning_rates(value)
+
+
+def rate(over: Piecewise, warmup: int = 0, total: int = 100) -> Rate:
+    return Rate(lambda step: 1.0, over, warmup, total)
+
+
+def test_unfreezing_starts_at_its_step_with_its_own_warmup():
+    """SPEC F1: frozen to 50 %, full to 80 %, a tenth from there on."""
+    own = rate(piecewise([[0, 0], [0.5, 1.0], [0.8, 0.1]]), warmup=4)
+    assert own.phases == [0, 50]
+    assert [own.factor(step) for step in (0, 49)] == [0, 0]
+    assert [own.factor(step) for step in (50, 51, 52, 53, 54)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert own.factor(79) == 1.0 and own.factor(80) == pytest.approx(0.1)
+    assert [own.is_active(step) for step in (0, 49, 50, 99)] == [False, False, True, True]
+
+
+def test_what_trains_from_the_start_has_no_second_warmup():
+    assert [rate(piecewise(1.0), warmup=5).factor(step) for step in range(3)] == [1, 1, 1]
+
+
+def test_what_is_frozen_again_warms_up_again():
+    own = rate(piecewise([[0, 1.0], [0.2, 0], [0.4, 0.5]]), warmup=2)
+    assert own.phases == [0, 20, 40]
+    assert [own.factor(step) for step in (19, 20, 39, 40, 41)] == [1, 0, 0, 0.25, 0.5]
+
+
+@given(start=st.floats(0, 1), total=st.integers(1, 5000))
+def test_the_first_step_is_the_first_that_sees_the_value(start, total):
+    """In the arithmetic of the step itself: step / total."""
+    first = first_reaching(start, total)
+    assert all(step / total < start for step in range(max(0, first - 2), first))
+    assert first == total or first / total >= start

@@ -58,7 +58,8 @@ class Policy:
 class Plan:
     """The outcome of applying rules to a model.
 
-    parameters: canonical name of every trainable parameter -> parameter; rule_of: the same names -> rule pattern;
+    parameters: canonical name of every trainable parameter -> parameter; rule_of: of every parameter, frozen ones too,
+    canonical name -> rule pattern;
     rows: the assignment table; adapters: what peft put in; adapter_parameters: names that adapters brought, fixed ones
     too; new_tokens: what the base model lacks; base: digests of the base model's weights (`base_digest`).
     """
@@ -149,7 +150,7 @@ def apply_plan(
         raise VlmtuneError("plan: every rule says frozen, so nothing would train; give one rule train: full or lora.")
     return Plan(
         parameters=trainable,
-        rule_of={name: rule_of[name] for name in trainable},
+        rule_of=rule_of,
         policies=policies,
         rows=_rows(after, rule_of, policies, unreachable, len(new_tokens), targets),
         adapters=adapters,

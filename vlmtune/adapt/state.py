@@ -29,16 +29,17 @@ def trained_state(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict
             f"checkpoint: {wrong[0]} trains, but {counts[wrong[0]]} saved tensors hold it; what is saved and the "
             f"{len(plan.parameters)} trainable parameters do not agree. This is a bug, please report the plan."
         )
-    return full | trained_buffers(model), adapters
+    return full | trained_buffers(model, plan), adapters
 
 
-def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Persistent buffers of modules with a trainable parameter of their own, as `buffer:<name>`."""
+def trained_buffers(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Persistent buffers of modules with a parameter of their own that trains at some time, as `buffer:<name>`."""
     persistent = model.state_dict().keys()
+    trained = {id(parameter) for parameter in plan.parameters.values()}
     return {
         f"buffer:{path}.{leaf}": buffer
         for path, module in model.named_modules()
-        if any(p.requires_grad for p in module.parameters(recurse=False))
+        if any(id(p) in trained for p in module.parameters(recurse=False))
         for leaf, buffer in module.named_buffers(recurse=False)
         if f"{path}.{leaf}" in persistent
     }
@@ -47,7 +48,7 @@ def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
 def load_trained(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], where: str) -> None:
     """Copy fully trained tensors back. Missing, unexpected or misshapen ones are errors naming `where`."""
     current = {name: p for name, p in plan.parameters.items() if name not in plan.adapter_parameters}
-    current |= trained_buffers(model)
+    current |= trained_buffers(model, plan)
     if set(current) != set(tensors):
         odd = sorted(set(current) ^ set(tensors))
         raise VlmtuneError(f"{where}: stored tensors do not fit the plan, for example {odd[0]}; was the plan changed?")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import load_image
-from vlmtune.data.loader import one_thread
+from vlmtune.data.loader import start_worker
 from vlmtune.data.sources import FileSource
 from vlmtune.types import Boxes, ImageRef, Sample, VlmtuneError
 
@@ -174,7 +174,7 @@ def check_rows(check: RowCheck, workers: int = 0) -> Iterator[CheckedRow]:
         _Chunks(check),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=one_thread,
+        worker_init_fn=start_worker,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # its own: what was counted before must not move the training RNG
     )

@@ -11,6 +11,7 @@ from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.sampling import Order
 from vlmtune.data.sources import SampleSource
+from vlmtune.interrupt import leave_signals_to_parent
 from vlmtune.types import Batch, VlmtuneError
 
 
@@ -48,9 +49,10 @@ class Steps(Dataset):
         ]
 
 
-def one_thread(worker: int) -> None:
-    """Of a worker process: there are several of them."""
+def start_worker(worker: int) -> None:
+    """One thread, because there are several of them; and the parent says when to stop."""
     torch.set_num_threads(1)
+    leave_signals_to_parent()
 
 
 def load_steps(steps: Steps, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:
@@ -71,7 +73,7 @@ def _load_decided(steps: Steps, start: int, stop: int, workers: int) -> Iterator
         sampler=range(start, stop),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=one_thread,
+        worker_init_fn=start_worker,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # its own: drawing worker seeds must not move the training RNG

@@ -5,13 +5,12 @@ The whole schedule of a run is drawn once: one byte per sample for its source, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.schedule import Piecewise
+from vlmtune.schedule import Piecewise, first_reaching
 
 
 class Mixture:
@@ -69,7 +68,7 @@ def _piecewise_shares(weights: Sequence[Piecewise], total: int) -> tuple[list[np
     """Stretches of constant shares: (shares of each stretch, first sample of each stretch)."""
     shares: list[np.ndarray] = []
     starts: list[int] = []
-    for k in sorted({_first_sample(start, total) for weight in weights for start in weight.starts} - {total}):
+    for k in sorted({first_reaching(start, total) for weight in weights for start in weight.starts} - {total}):
         now = np.array([weight(k / total) for weight in weights], dtype=np.float64)
         if now.min() < 0 or now.sum() <= 0:
             raise VlmtuneError(
@@ -79,11 +78,3 @@ def _piecewise_shares(weights: Sequence[Piecewise], total: int) -> tuple[list[np
         shares.append(now / now.sum())
         starts.append(k)
     return shares, starts
-
-
-def _first_sample(start: float, total: int) -> int:
-    """The smallest k with k / total >= start, in the arithmetic in which a sample asks for its weights."""
-    k = max(0, math.ceil(start * total) - 1)
-    while k < total and k / total < start:
-        k += 1
-    return k

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlmtune.data.check import RowCheck
 from vlmtune.data.encode import Encoder
 from vlmtune.data.index import keep_rows, kept_rows
-from vlmtune.data.loader import one_thread
+from vlmtune.data.loader import start_worker
 from vlmtune.data.sources import SampleSource
 from vlmtune.data.window import Fitted, Window
 from vlmtune.types import Sample, VlmtuneError
@@ -219,7 +219,7 @@ def _counted(chunks: _Chunks, workers: int) -> Iterator[_Chunk]:
         chunks,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=one_thread,
+        worker_init_fn=start_worker,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # its own: what was counted before must not move the training RNG
     )

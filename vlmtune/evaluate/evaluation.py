@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -48,7 +47,7 @@ def evaluate(
     limit: int | None,
     batch_size: int,
     max_new_tokens: int | None,
-    precision: Literal["bf16", "fp32"] = "fp32",
+    precision: Precision = "fp32",
 ) -> Evaluation:
     """Loss on every group, and replies scored by task unless `max_new_tokens` is None.
 

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,48 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from vlmtune.observer import Observer
+from vlmtune.types import Finding
+
+SCALARS = ("loss", "loss_plain", "norm", "exposure", "lr_scale", "loss_scale", "skipped", "overflows")
 CountBySource = Callable[[int], dict[str, int]]
 
 
-class History:
-    """Appends one JSON object per logging step and evaluation to history.jsonl.
+class History(Observer):
+    """Appends one JSON object per logging step, evaluation and finding to history.jsonl, and the statistics of every
+    parameter to gradients.jsonl beside it.
 
     by_source: samples of the run so far -> source name -> how many of them came from it.
     """
 
     def __init__(self, path: Path, log_every: int, from_step: int, by_source: CountBySource):
         self.path, self.log_every, self._by_source = path, log_every, by_source
+        self.gradients = path.with_name("gradients.jsonl")
+        self._begin(from_step)
+
+    def _begin(self, step: int) -> None:
         self._since: list[dict[str, Any]] = []
-        keep_until(path, from_step)
-        self._evaluated = {record["step"] for record in read_history(path) if record["kind"] == "eval"}
+        keep_until(self.path, step)
+        keep_until(self.gradients, step)
+        self._evaluated = {record["step"] for record in read_history(self.path) if record["kind"] == "eval"}
 
     def on_step(self, state, metrics: dict[str, Any]) -> None:
-        self._since.append(metrics)
-        if state.step % self.log_every and state.step != 1:
+        if metrics.get("statistics") is not None:
+            rows = {name: asdict(row) for name, row in metrics["statistics"].items()}
+            append_line(self.gradients, {"kind": "gradients", "step": state.step, "parameters": rows})
+        if "skipped" not in metrics:
+            self._since.append(metrics)
+        if not self._since or (state.step % self.log_every and state.step != 1):
             return
         self._append(train_record(state, self._since) | {"sources": self._by_source(state.samples)})
         self._since = []
+
+    def on_finding(self, state, finding: Finding) -> None:
+        self._append({"kind": "finding", "step": state.step, **asdict(finding)})
+
+    def on_rewind(self, state) -> None:
+        """What was recorded of steps that will come again is dropped; the finding that follows says why."""
+        self._begin(state.step)
 
     def on_eval(self, state, metrics: dict[str, Any]) -> None:
         if state.step not in self._evaluated:  # a finished run that is started again evaluates its end once more
@@ -42,8 +64,12 @@ class History:
             self._evaluated.add(state.step)
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.path, record)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -72,6 +98,10 @@ def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
         "task_shares": last["shares"],
         "exposure": last["exposure"],
         "lr": last["lr"],
+        "lr_scale": state.lr_scale,
+        "loss_scale": last["scale"],
+        "skipped": len(state.skipped),
+        "overflows": state.overflows,
         "norm": float(last["norms"]["total"]),
         "norm_by_rule": {rule: float(norm) for rule, norm in last["norms"].items() if rule != "total"},
         "supervised_tokens_per_second": sum(plain.weights.values()) / seconds,
@@ -136,20 +166,27 @@ def keep_until(path: Path, step: int) -> None:
         os.replace(draft, path)
 
 
-class TensorBoard:
+class TensorBoard(Observer):
     """The same numbers as TensorBoard scalars under <run>/tensorboard."""
 
     def __init__(self, folder: Path, log_every: int, from_step: int, by_source: CountBySource):
+        self.folder, self.log_every, self._by_source = folder, log_every, by_source
+        self._open(from_step + 1 if from_step else None)
+
+    def _open(self, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.log_every, self._by_source = log_every, by_source
-        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
+        self._writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+
+    def on_rewind(self, state) -> None:
+        self._writer.close()
+        self._open(state.step + 1)
 
     def on_step(self, state, metrics: dict[str, Any]) -> None:
-        if state.step % self.log_every:
+        if state.step % self.log_every or "skipped" in metrics:
             return
         record = train_record(state, [metrics])
-        for name in ("loss", "loss_plain", "norm", "tokens_per_second", "samples_per_second", "data_wait", "exposure"):
+        for name in (*SCALARS, "tokens_per_second", "samples_per_second", "data_wait"):
             self._writer.add_scalar(f"train/{name}", record[name], state.step)
         for group in ("loss_by_task", "loss_terms", "task_weights", "task_shares", "lr", "norm_by_rule"):
             for name, value in record[group].items():
@@ -196,7 +233,7 @@ class CountingBar:
         self._progress.update(self._tasks[name], completed=done)
 
 
-class ProgressLine:
+class ProgressLine(Observer):
     """loss, lr, tokens/s, data wait, time left. Without a terminal: a plain line every `log_every` steps.
 
     Loss and rates are those that history.jsonl records: since the last such line, the loss weighted by tokens.
@@ -223,7 +260,17 @@ class ProgressLine:
     def __exit__(self, *exc) -> None:
         self._progress.__exit__(*exc)
 
+    def on_finding(self, state, finding: Finding) -> None:
+        text = f"{finding.level}: {finding.what}: {finding.evidence}"
+        text += f"; {finding.remedy}" if finding.remedy else ""
+        self.console.print(f"step {state.step}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def on_rewind(self, state) -> None:
+        self._since, self._first = [], None
+
     def on_step(self, state, metrics: dict[str, Any]) -> None:
+        if "skipped" in metrics:
+            return
         self._since.append(metrics)
         record = train_record(state, self._since)
         self._first = self._first or (state.step - 1, time.perf_counter() - metrics["step_seconds"])

@@ -6,6 +6,7 @@ below 4096 numbers excepted; the paged ones let the state move to the host when 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 from typing import Literal
 
@@ -55,10 +56,10 @@ def build_adamw(
     return kinds[name](groups, betas=betas, eps=eps)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Scale every group from its own peak (SPEC D1: the schedule scales all groups); returns rule -> lr."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: Callable[[str], float]) -> dict[str, float]:
+    """Scale every group from its own peak. factor: rule of a group -> factor (SPEC D1, D3); returns rule -> lr."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * factor(group["rule"])
     return {group["rule"]: group["lr"] for group in optimizer.param_groups}
 
 
@@ -82,6 +83,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, flat: dict[str, Ten
     The moments go to the parameter's device; the step counters stay on the CPU, where AdamW keeps them.
     """
     left = dict(flat)
+    optimizer.state.clear()  # of a run that goes back to this state
     fill = _fill_torch if isinstance(optimizer, torch.optim.AdamW) else _fill_bitsandbytes
     for index, group in enumerate(optimizer.param_groups):
         for number, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True)):

@@ -11,10 +11,14 @@ import torch
 from rich.console import Console
 
 from vlmtune.observe.log import History, ProgressLine, duration, keep_until, read_history, train_record
+from vlmtune.optim.statistics import Row
+from vlmtune.types import Finding
 
 
 def state(step: int) -> SimpleNamespace:
-    return SimpleNamespace(step=step, samples=4 * step, seconds=1.5 * step)
+    return SimpleNamespace(
+        step=step, samples=4 * step, seconds=1.5 * step, lr_scale=1.0, skipped=[2] if step > 2 else [], overflows=0
+    )
 
 
 def metrics(caption: tuple[float, int], vqa: tuple[float, int] | None = None, seconds: float = 0.5) -> dict:
@@ -28,7 +32,7 @@ def metrics(caption: tuple[float, int], vqa: tuple[float, int] | None = None, se
         "norms": {"language": torch.tensor(3.0), "projector": torch.tensor(4.0), "total": torch.tensor(5.0)},
         "lr": {"language": 1e-3, "projector": 1e-4},
         "shares": {}, "terms": {"box": caption[0] / 2}, "term_counts": {"box": caption[1]}, "exposure": 0.25,
-        "samples": 4, "tokens": 100, "data_wait": 0.1, "step_seconds": seconds,
+        "scale": 1.0, "statistics": None, "samples": 4, "tokens": 100, "data_wait": 0.1, "step_seconds": seconds,
     }  # fmt: skip
 
 
@@ -122,3 +126,28 @@ def test_plain_lines_without_a_terminal():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_step_that_was_left_out_is_counted_and_no_part_of_the_means(tmp_path):
+    history = History(tmp_path / "history.jsonl", 2, 0, by_source)
+    history.on_step(state(1), metrics((1.0, 10)))
+    history.on_step(state(2), metrics((2.0, 10)))
+    history.on_step(state(3), {"skipped": True, "samples": 4, "tokens": 100})
+    history.on_step(state(4), metrics((5.0, 10)))
+    last = read_history(tmp_path / "history.jsonl")[-1]
+    assert last["step"] == 4 and last["loss"] == pytest.approx(5.0) and last["skipped"] == 1
+
+
+def test_findings_and_statistics_are_written_and_dropped_when_the_run_goes_back(tmp_path):
+    """What will come again is not recorded twice; what was found before stays."""
+    history = History(tmp_path / "history.jsonl", 1, 0, by_source)
+    rows = {"language.a": Row(0.0, 1.0, 2.0, 3.0, 0.5, 0.25, True)}
+    for step in range(1, 5):
+        history.on_step(state(step), metrics((float(step), 10)) | {"statistics": rows if step % 2 == 0 else None})
+        history.on_finding(state(step), Finding("warn", "loss", f"jumped at {step}", "look"))
+    history.on_rewind(state(2))
+    records = read_history(tmp_path / "history.jsonl")
+    assert [(r["kind"], r["step"]) for r in records] == [("train", 1), ("finding", 1), ("train", 2), ("finding", 2)]
+    assert records[1]["evidence"] == "jumped at 1" and records[1]["level"] == "warn"
+    assert [r["step"] for r in read_history(tmp_path / "gradients.jsonl")] == [2]
+    assert read_history(tmp_path / "gradients.jsonl")[0]["parameters"]["language.a"]["std"] == 1.0

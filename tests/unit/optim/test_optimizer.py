@@ -8,6 +8,7 @@ from torch import nn
 
 from vlmtune.optim.clip import clip_gradients, gradient_norms
 from vlmtune.optim.optimizer import build_adamw, load_optimizer_tensors, optimizer_tensors, set_learning_rates
+from vlmtune.optim.unfreeze import set_active
 from vlmtune.types import VlmtuneError
 
 
@@ -48,6 +49,43 @@ def test_what_is_not_finite_shows_in_its_group_and_the_total(bad):
     groups["projector"][0].grad[1] = bad
     norms = clip_gradients(groups, 1.0)
     assert [bool(torch.isfinite(norms[n])) for n in ("language", "projector", "total")] == [True, False, False]
+
+
+def test_a_rule_with_a_limit_of_its_own_is_clipped_alone():
+    """SPEC D4: vision at 0.5, the rest together at 1.0; each as torch clips that part alone."""
+    sizes = {"vision": (5, 6), "language": (3, 8), "projector": (4,)}
+    ours, theirs = groups_of(sizes), groups_of(sizes)
+    norms = clip_gradients(ours, 1.0, {"vision": 0.5})
+    torch.nn.utils.clip_grad_norm_(theirs["vision"], 0.5)
+    torch.nn.utils.clip_grad_norm_([*theirs["language"], *theirs["projector"]], 1.0)
+    for name, parameters in ours.items():
+        for mine, reference in zip(parameters, theirs[name], strict=True):
+            torch.testing.assert_close(mine.grad, reference.grad, atol=0, rtol=1e-6)
+    everything = torch.cat([p.grad for ps in groups_of(sizes).values() for p in ps]).norm()
+    torch.testing.assert_close(norms["total"], everything, atol=0, rtol=1e-6)
+
+
+def test_without_a_limit_nothing_is_scaled():
+    ours, before = groups_of({"language": (3, 8)}), groups_of({"language": (3, 8)})
+    norms = clip_gradients(ours, None)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours["language"], before["language"], strict=True))
+    assert float(norms["total"]) > 1
+
+
+def test_what_starts_to_train_has_a_fresh_state():
+    """SPEC F1: frozen parameters have no state and take no part; unfrozen ones start at AdamW's first step."""
+    optimizer, a, b = optimizer_of(0)
+    assert set_active(optimizer, lambda rule: rule == "language")
+    assert a.requires_grad and not b.requires_grad
+    for n in range(3):
+        step(optimizer, a, seed=n)
+    assert b not in optimizer.state
+    assert not set_active(optimizer, lambda rule: rule == "language"), "nothing changed"
+    assert set_active(optimizer, lambda rule: True)
+    step(optimizer, a, b, seed=4)
+    assert float(optimizer.state[a]["step"]) == 4 and float(optimizer.state[b]["step"]) == 1
+    assert set_active(optimizer, lambda rule: rule == "projector")
+    assert a not in optimizer.state and not a.requires_grad and a.grad is None
 
 
 def optimizer_of(seed: int):
@@ -111,5 +149,5 @@ def test_learning_rates_scale_from_the_peak():
     optimizer, _, _ = optimizer_of(0)
     for factor in (0.1, 1.0, 0.5):
         expected = {"language": 1e-2 * factor, "projector": 1e-3 * factor}
-        assert set_learning_rates(optimizer, factor) == expected
+        assert set_learning_rates(optimizer, lambda rule, factor=factor: factor) == expected
         assert {group["rule"]: group["lr"] for group in optimizer.param_groups} == expected

@@ -1,0 +1,147 @@
+"""`vlmtune doctor`: a run that failed is replayed from its folder alone (SPEC F5)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from vlmtune.config import load_config
+from vlmtune.failure import load_failure
+
+EXPLODES = {"lr": 1e30, "warmup": 0}  # AdamW's first update is about the learning rate itself
+
+
+def run_of(config: Path) -> Path:
+    return Path(load_config(str(config)).run)
+
+
+@pytest.fixture(scope="module")
+def exploded(tiny_folder, rows, tmp_path_factory) -> Path:
+    """The folder of a run whose second step is not finite. LoRA with dropout: the replay needs the same random
+    numbers."""
+    import sys
+
+    from conftest import PLAN
+
+    from vlmtune import cli
+
+    folder = tmp_path_factory.mktemp("exploded")
+    tree = {
+        "model": str(tiny_folder("llava")), "run": str(folder / "run"),
+        "data": {"train": [{"path": str(rows)}], "workers": 0}, "plan": PLAN, "optim": EXPLODES,
+        "train": {"length": 4, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "log_every": 1},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    before, sys.argv = sys.argv, ["vlmtune", "train", str(folder / "run.yaml")]
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+    finally:
+        sys.argv = before
+    return folder / "run"
+
+
+def test_what_the_run_says_when_it_stops(write_config, vlmtune):
+    config = write_config("stops", 4, optim=EXPLODES)
+    code, _, err = vlmtune("train", config)
+    assert code == 1
+    said = " ".join(err.split())
+    assert "step 2: not finite" in said and "most probable: " in said
+    assert str(run_of(config) / "failures" / "step_000002") in said
+
+
+def test_a_failure_is_reproduced_where_the_run_saw_it(exploded, vlmtune):
+    code, out, err = vlmtune("doctor", exploded)
+    assert code == 1 and err == ""
+    lines = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
+    assert lines["failure"] == str(exploded / "failures" / "step_000002")
+    assert lines["what"] == "step 2 was not finite, in fp32"
+    assert lines["replay"] == "not finite again, in the same place"
+    assert lines["first"].startswith("micro-batch 1 (")
+    assert "gradient norm before" in lines and "loss before" in lines
+    assert "have grown" in lines["cause 1"]
+    assert lines["in order"]
+
+
+def test_the_same_as_json(exploded, vlmtune):
+    code, out, _ = vlmtune("doctor", exploded, "--failure", "step_000002", "--json")
+    found = json.loads(out, parse_constant=pytest.fail)  # strict JSON
+    assert code == 1 and found["reproduced"] and found["same_module"]
+    assert found["now"]["origin"] == found["then"]["origin"], "to the last bit: the same weights, tensors, dropout"
+    assert found["now"]["causes"] == found["then"]["causes"]
+    assert found["failure"] == "step_000002" and len(found["loss_history"]) == 1
+
+
+def test_the_checkpoint_has_the_weights_before_the_update(exploded):
+    failure = load_failure(exploded / "failures" / "step_000002")
+    trained = load_file(failure.checkpoint / "trained.safetensors")
+    assert max(float(value.abs().max()) for value in trained.values()) > 1e28  # of the first update
+    assert all(bool(torch.isfinite(value).all()) for value in trained.values())
+
+
+def test_a_run_without_a_failure(write_config, vlmtune):
+    config = write_config("sound", 3)
+    assert vlmtune("train", config)[0] == 0
+    code, out, _ = vlmtune("doctor", run_of(config))
+    assert code == 0 and "no step of this run was saved as not finite" in out
+    code, out, _ = vlmtune("doctor", run_of(config), "--json")
+    assert code == 0 and json.loads(out)["failure"] is None
+    code, _, err = vlmtune("doctor", run_of(config), "--failure", "step_000001")
+    assert code == 1 and "no failure 'step_000001'; pass --failure with one of: none" in err
+
+
+def test_what_is_no_run(tmp_path, vlmtune):
+    code, _, err = vlmtune("doctor", tmp_path)
+    assert code == 1 and "is not a run folder: config.yaml is missing" in err
+
+
+@pytest.mark.parametrize("name", ["batch.safetensors", "failure.json", "checkpoint/trained.safetensors"])
+def test_a_damaged_failure_names_the_file(exploded, tmp_path, vlmtune, name):
+    run = tmp_path / "run"
+    shutil.copytree(exploded, run, symlinks=True)
+    path = run / "failures" / "step_000002" / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    code, _, err = vlmtune("doctor", run)
+    assert code == 1 and Path(name).name in err
+
+
+def test_a_base_model_that_is_mended(write_config, tiny_folder, tmp_path, vlmtune):
+    """The weights of a frozen part are not in the checkpoint: the doctor reads them from the model folder, as it is."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llava"), folder)
+    sound = load_file(folder / "model.safetensors")
+    name = next(n for n in sound if n.endswith("layers.2.mlp.up_proj.weight") and "language" in n)
+    broken = {key: value.clone() for key, value in sound.items()}
+    broken[name][3, 4] = float("nan")
+    save_file(broken, folder / "model.safetensors", {"format": "pt"})
+    config = write_config("broken", 3, model=str(folder))
+    code, _, err = vlmtune("train", config)
+    assert code == 1 and "Weight language.layers.2.mlp.up_proj.weight is not finite" in " ".join(err.split())
+    code, out, _ = vlmtune("doctor", run_of(config))
+    assert code == 1 and "cause 1: weights were not finite before this step" in out and "read like that" in out
+    save_file(sound, folder / "model.safetensors", {"format": "pt"})
+    code, out, err = vlmtune("doctor", run_of(config))
+    assert code == 0, err
+    assert "the same step is finite here" in out and "cause 1: not reproduced" in out
+
+
+def test_float16_with_a_module_that_overflows(write_config, vlmtune):
+    """Whole path: scale, autocast and checkpoint are those of the run."""
+    config = write_config(
+        "half", 3, optim={"lr": 1e3, "warmup": 0},
+        train={"length": 3, "batch_size": 4, "micro_batch_size": 2, "precision": "fp16", "log_every": 1},
+    )  # fmt: skip
+    code, _, err = vlmtune("train", config)
+    assert code == 1, err
+    code, out, _ = vlmtune("doctor", run_of(config), "--json")
+    found = json.loads(out)
+    assert code == 1 and found["precision"] == "fp16" and found["scale"] > 1
+    assert found["now"]["origin"] == found["then"]["origin"] and found["now"]["origin"]["dtype"] == "float16"
+    assert any(cause["what"].startswith("float16 overflow in") for cause in found["now"]["causes"])

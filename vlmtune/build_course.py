@@ -1,0 +1,197 @@
+"""From a config to the course of a run: who learns how fast and when, and what the trainer is told (`build.py` does the
+rest)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from vlmtune.adapt.plan import Plan, Policy
+from vlmtune.config import Config, LrSegment, Rule
+from vlmtune.losses.objective import Objective
+from vlmtune.optim.optimizer import build_adamw, usable_here
+from vlmtune.optim.precision import Precision
+from vlmtune.recovery import Recovery
+from vlmtune.schedule import (
+    Length,
+    Piecewise,
+    Rate,
+    Shape,
+    Stretch,
+    constant_with_warmup,
+    cosine_with_warmup,
+    learning_rates,
+    linear_with_warmup,
+    piecewise,
+    staged,
+    warmup_stable_decay,
+)
+from vlmtune.trainer import Settings
+from vlmtune.types import VlmtuneError
+
+BALANCE = "balance"  # the rule of what the objective learns
+Steps = Callable[[str | float], int]
+
+
+def epoch_of(sizes: Sequence[int | None]) -> int | None:
+    """Samples of one epoch over sources of these sizes; None where one has no end."""
+    return None if any(size is None for size in sizes) else sum(sizes)
+
+
+def total_steps(config: Config, sizes: Sequence[int | None]) -> int:
+    return max(1, Length.parse(config.train.length).steps(config.train.batch_size, epoch_of(sizes)))
+
+
+def build_settings(config: Config, sizes: Sequence[int | None], precision: Precision) -> Settings:
+    """sizes: rows of each source. Raises VlmtuneError for lengths that do not fit into the run."""
+    total = total_steps(config, sizes)
+
+    def steps(length: str | float) -> int:
+        return Length.parse(length).steps(config.train.batch_size, epoch_of(sizes), total)
+
+    def interval(length: str | float | None) -> int | None:
+        return None if length is None else max(1, steps(length))
+
+    best = config.checkpoint.best
+    return Settings(
+        total_steps=total,
+        rates=build_rates(config, total, steps),
+        clip=config.optim.clip,
+        clip_by_rule={rule.match: rule.clip for rule in config.plan if rule.clip is not None},
+        precision=precision,
+        log_every=config.train.log_every,
+        checkpoint_every=interval(config.checkpoint.every),
+        keep=config.checkpoint.keep,
+        eval_every=interval(config.evaluate.every),
+        best=best,
+        best_is=config.checkpoint.best_is or ("lowest" if best.startswith("loss") else "highest"),
+        patience=config.checkpoint.patience,
+        delta=config.checkpoint.delta or 0.0,
+        statistics_every=interval(config.stability.statistics),
+    )
+
+
+def build_recovery(config: Config) -> Recovery:
+    wish = config.stability
+    return Recovery(wish.nonfinite, wish.spikes, wish.limit or 10, 0.5 if wish.lr_factor is None else wish.lr_factor)
+
+
+def build_rates(config: Config, total: int, steps: Steps) -> dict[str, Rate]:
+    """rule -> how its learning rate moves. steps: a length -> optimizer steps."""
+    own = Rule(match=BALANCE, train="full")
+    rates = {rule.match: _rate(config, rule, f"rule {rule.match!r}", total, steps) for rule in config.plan}
+    return rates | {BALANCE: _rate(config, own, "optim", total, steps)}
+
+
+def _rate(config: Config, rule: Rule, where: str, total: int, steps: Steps) -> Rate:
+    optim = config.optim
+    if rule.train == "frozen":
+        return Rate(lambda step: 0.0, piecewise(1.0), 0, total)
+    wish = optim.schedule if rule.schedule is None else rule.schedule
+    if rule.warmup is None:
+        warmup = _warmup(optim.warmup, "optim.warmup", total, steps)
+    else:
+        warmup = _warmup(rule.warmup, f"{where}: warmup", total, steps)
+    floor = optim.floor if rule.floor is None else rule.floor
+    lr = optim.lr if rule.lr is None else rule.lr
+    over = learning_rates(lr)
+    peak = max(over.values)
+    shape = (
+        _named(wish, total, warmup, 0.1 if floor is None else floor, optim.decay, where, steps)
+        if isinstance(wish, str)
+        else _stretches(wish, total, peak, where, steps)
+    )
+    factors = Piecewise(over.starts, tuple(value / peak for value in over.values))
+    return Rate(shape, factors, warmup, total)
+
+
+def _warmup(length: str | float | None, where: str, total: int, steps: Steps) -> int:
+    length = "3%" if length is None else length
+    warmup = steps(length)
+    if Length.parse(length).unit == "%":
+        warmup = min(warmup, total - 1)  # a share of one step is no step
+    if warmup >= total:
+        raise VlmtuneError(
+            f"{where} is {warmup} steps, but the run has only {total}; shorten it, or write a share such as 3%."
+        )
+    return warmup
+
+
+def _named(
+    name: str, total: int, warmup: int, floor: float, decay: str | float | None, where: str, steps: Steps
+) -> Shape:
+    match name:
+        case "cosine":
+            return lambda step: cosine_with_warmup(step, total, warmup, floor)
+        case "linear":
+            return lambda step: linear_with_warmup(step, total, warmup, floor)
+        case "constant":
+            return lambda step: constant_with_warmup(step, warmup)
+    last = max(1, steps("20%" if decay is None else decay))
+    if warmup + last > total:
+        raise VlmtuneError(
+            f"{where}: warmup of {warmup} and decay of {last} steps do not fit into a run of {total}; shorten one."
+        )
+    return lambda step: warmup_stable_decay(step, total, warmup, last, floor)
+
+
+def _stretches(wish: Sequence[LrSegment], total: int, peak: float, where: str, steps: Steps) -> Shape:
+    lengths = [None if segment.over is None else max(1, steps(segment.over)) for segment in wish]
+    known = sum(length for length in lengths if length is not None)
+    if known > total or (lengths[-1] is None and known >= total):
+        raise VlmtuneError(
+            f"{where}: the stretches of the schedule take {known} of {total} steps; shorten them, or leave out the "
+            "length of the last one."
+        )
+    stretches, before = [], wish[0].to
+    for segment, length in zip(wish, lengths, strict=True):
+        start = before if segment.start is None else segment.start
+        stretches.append(Stretch(start, segment.to, total - known if length is None else length, segment.shape))
+        before = segment.to
+    return lambda step: staged(step, stretches, peak)
+
+
+def policies(config: Config) -> list[tuple[str, Policy]]:
+    return [(rule.match, _policy(rule, config)) for rule in config.plan]
+
+
+def lr_scaling(config: Config) -> float:
+    """Factor on every learning rate for the batch size (SPEC F4): linear (Goyal et al. 2017) or by the square root."""
+    if config.optim.scaling is None:
+        return 1.0
+    ratio = config.train.batch_size / config.optim.lr_batch
+    return ratio if config.optim.scaling == "linear" else math.sqrt(ratio)
+
+
+def _policy(rule: Rule, config: Config) -> Policy:
+    lr = config.optim.lr if rule.lr is None else rule.lr
+    return Policy(
+        train=rule.train,
+        lr=max(learning_rates(lr).values) * lr_scaling(config),
+        weight_decay=config.optim.weight_decay if rule.weight_decay is None else rule.weight_decay,
+        rank=16 if rule.rank is None else rule.rank,
+        alpha=rule.alpha,
+        dropout=rule.dropout or 0.0,
+        method=rule.method or "",
+        options=rule.options,
+        store=rule.store,
+        init=rule.init,
+        lr_b=rule.lr_b or 1.0,
+    )
+
+
+def policies_at(config: Config, settings: Settings, step: int) -> list[tuple[str, Policy]]:
+    """As `policies`, with the rules frozen that do not train at this step."""
+    return [
+        (rule, policy if settings.rates[rule].is_active(step) else replace(policy, train="frozen"))
+        for rule, policy in policies(config)
+    ]
+
+
+def build_optimizer(config: Config, plan: Plan, objective: Objective, device: torch.device) -> torch.optim.Optimizer:
+    groups = plan.optimizer_groups() + objective.optimizer_groups(config.loss.balance.lr or 0.025)
+    name, _ = usable_here(config.optim.name, device)
+    return build_adamw(groups, config.optim.betas, config.optim.eps, name)

@@ -1,0 +1,113 @@
+"""The sections about the course of a run: optimizer, batches, failures, checkpoints, evaluations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vlmtune.config.learning_rate import LrSchedule, require_effect
+from vlmtune.config.values import Beta, LengthValue, SomeLength, Strict
+
+
+class Optim(Strict):
+    name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
+        "adamw", description="8bit: state in 8 bits; paged: state that can move to the host (needs CUDA)"
+    )
+    lr: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="never applied to LoRA, norms and biases")
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="limit of the joint gradient norm; null: none")
+    schedule: LrSchedule = Field("cosine", description="cosine, linear, constant, wsd, or a list of stretches")
+    warmup: LengthValue | None = Field(None, description="length: steps, epochs, samples or % (default 3%)")
+    floor: float | None = Field(None, ge=0, le=1, description="cosine, linear, wsd end at floor x lr (default 0.1)")
+    decay: SomeLength | None = Field(None, description="wsd: length of the decay at the end (default 20%)")
+    lr_batch: int | None = Field(None, ge=1, description="batch size that the learning rates are meant for")
+    scaling: Literal["linear", "sqrt"] | None = Field(
+        None, description="how learning rates follow train.batch_size / lr_batch"
+    )
+
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> Optim:
+        require_effect(self.schedule, self.warmup, self.floor, self.decay)
+        if (self.lr_batch is None) != (self.scaling is None):
+            raise ValueError("lr_batch and scaling belong together: lr x batch_size / lr_batch, or its square root")
+        return self
+
+
+class Train(Strict):
+    length: SomeLength = Field("1 epochs", description="steps, epochs or samples")
+    batch_size: int = Field(16, ge=1, description="samples per optimizer step")
+    micro_batch_size: int = Field(8, ge=1, description="samples per forward")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the hardware has it, else fp32"
+    )
+    seed: int = Field(0, ge=0, lt=2**63)
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for the model")
+    gradient_checkpointing: bool = False
+    log_every: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Train:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class Stability(Strict):
+    """What a run does about numbers that are not finite, and about losses that jump."""
+
+    nonfinite: Literal["stop", "skip", "rewind"] = Field(
+        "stop", description="a loss or gradient is not finite: stop, leave the batch out, or go back a checkpoint"
+    )
+    spikes: Literal["warn", "rewind"] = Field("warn", description="the loss jumps or climbs: say so, or go back")
+    limit: int | None = Field(None, ge=1, description="batches left out and rewinds together, then stop (default 10)")
+    lr_factor: float | None = Field(None, gt=0, le=1, description="rewind: on every learning rate (default 0.5)")
+    statistics: SomeLength | None = Field(
+        "100 steps", description="interval of statistics of every parameter's gradient; null: never"
+    )
+
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> Stability:
+        if self.lr_factor is not None and "rewind" not in (self.nonfinite, self.spikes):
+            raise ValueError("lr_factor means nothing without rewind")
+        if self.limit is not None and self.nonfinite == "stop" and self.spikes == "warn":
+            raise ValueError("limit means nothing where nothing is skipped and nothing goes back")
+        return self
+
+
+class Checkpoint(Strict):
+    every: SomeLength = Field("500 steps", description="steps, epochs or samples")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept (latest is one of them), besides best")
+    best: str = Field("loss", description='"loss", or a metric "group/task/metric"')
+    best_is: Literal["lowest", "highest"] | None = Field(None, description="default: of a loss lowest, else highest")
+
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations that are no better")
+    delta: float | None = Field(None, gt=0, description="what counts as better for patience (default: anything)")
+
+    @model_validator(mode="after")
+    def _delta_has_effect(self) -> Checkpoint:
+        if self.delta is not None and self.patience is None:
+            raise ValueError("delta means nothing without patience")
+        return self
+
+    @model_validator(mode="after")
+    def _best_has_a_direction(self) -> Checkpoint:
+        is_loss = self.best == "loss" or self.best.startswith("loss/")
+        if self.best_is is not None and is_loss != (self.best_is == "lowest"):
+            raise ValueError(
+                f"best_is {self.best_is} of {self.best} would keep the worst checkpoint; leave best_is out"
+            )
+        return self
+
+
+class Evaluate(Strict):
+    every: SomeLength | None = Field(None, description="steps, epochs or samples (default: only before and after)")
+    generate: bool = Field(True, description="generate replies and score them, besides the loss")
+    limit: int | None = Field(None, ge=1, description="samples per source during training (before and after: all)")
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    gallery: int = Field(24, ge=0, description="held-out samples shown with pictures on the run page")

@@ -1,0 +1,167 @@
+"""Config files: reading, overriding, complaining, writing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vlmtune.config.course import Checkpoint, Evaluate, Optim, Stability, Train
+from vlmtune.config.data import Data, Negatives, Sampling, Source
+from vlmtune.config.learning_rate import LrSegment
+from vlmtune.config.loss import Balance, BoxTerm, ExposureTerm, Loss, ReferringTerm
+from vlmtune.config.plan import Quantise, Rule
+from vlmtune.config.whole import Config
+from vlmtune.errors import VlmtuneError
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML's plain loader keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value} stands on line {seen[key.value]} and again on line {line}")
+            seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def differing_keys(tree: Any, other: Any, place: str = "") -> list[str]:
+    """ "train.seed (0 -> 1)" for every leaf in which two dumped configs differ."""
+    if isinstance(tree, dict) and isinstance(other, dict):
+        pairs = [(str(key), tree.get(key), other.get(key)) for key in {**tree, **other}]
+    elif isinstance(tree, list) and isinstance(other, list) and len(tree) == len(other):
+        pairs = [(str(n), *pair) for n, pair in enumerate(zip(tree, other, strict=True))]
+    else:
+        return [] if tree == other else [f"{place} ({_short(tree)} -> {_short(other)})"]
+    return [found for key, *pair in pairs for found in differing_keys(*pair, f"{place}.{key}".lstrip("."))]
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def recipe_names() -> list[str]:
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("vlmtune.recipes").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file or a shipped recipe by name and apply `key=value` overrides.
+
+    Raises VlmtuneError listing every complaint at once.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise VlmtuneError(f"config {name} does not exist; recipes that ship: {', '.join(recipe_names())}.")
+        try:
+            text, where = path.read_text(encoding="utf-8"), name
+        except (OSError, UnicodeDecodeError) as error:
+            raise VlmtuneError(f"config {name} cannot be read ({error}); it is a YAML file in UTF-8.") from error
+    elif name in recipe_names():
+        text, where = (resources.files("vlmtune.recipes") / f"{name}.yaml").read_text(), f"recipe {name}"
+    else:
+        near = difflib.get_close_matches(name, recipe_names(), 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise VlmtuneError(f"{name!r} is neither a .yaml file nor a recipe ({', '.join(recipe_names())}).{hint}")
+    try:
+        tree = yaml.load(text, Loader=_NoDuplicates)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        raise VlmtuneError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise VlmtuneError(f"{where}: a config is a mapping with the keys {', '.join(Config.model_fields)}.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, where)
+
+
+def parse_config(tree: dict, where: str = "config") -> Config:
+    """Validate a tree. Raises VlmtuneError naming every wrong key and value."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise VlmtuneError(f"{where}: " + "; ".join(_complaint(e) for e in error.errors()) + ".") from error
+
+
+def _complaint(error: Any) -> str:
+    place = ".".join(str(step) for step in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
+        return f"unknown key {place}" + (f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})")
+    if error["type"] == "missing":
+        return f"{place} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place or 'config'}: {message[0].lower() + message[1:]}" + (
+        f" (got {error['input']!r})" if isinstance(error["input"], (str, int, float)) else ""
+    )
+
+
+def _fields_at(location: tuple) -> list[str]:
+    """Field names of the model at a place in the tree."""
+    places: dict[tuple, type[BaseModel]] = {
+        (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
+        ("quantise",): Quantise, ("stability",): Stability, ("optim", "schedule"): LrSegment,
+        ("plan", "schedule"): LrSegment, ("checkpoint",): Checkpoint, ("evaluate",): Evaluate,
+        ("data", "train"): Source, ("data", "eval"): Source,
+        ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
+        ("data", "train", "negatives"): Negatives,
+        ("loss", "box"): BoxTerm, ("loss", "referring"): ReferringTerm, ("loss", "exposure"): ExposureTerm,
+    }  # fmt: skip
+    names = tuple(step for step in location if isinstance(step, str))
+    model = places.get(names) or places.get(names[:2]) or Config
+    return list(model.model_fields)
+
+
+def _apply_override(tree: Any, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise VlmtuneError(f"override {override!r}: write key=value, for example optim.lr=1e-4.")
+    *parents, leaf = key.split(".")
+    node = tree
+    for step in parents:
+        if isinstance(node, list):
+            node = _list_item(node, step, override)
+        else:
+            node = node.setdefault(step, {})
+        if not isinstance(node, (dict, list)):
+            raise VlmtuneError(f"override {override!r}: {step} is a value, not a section.")
+    if isinstance(node, list):
+        _list_item(node, leaf, override)
+        node[int(leaf)] = _parse_value(value)
+    else:
+        node[leaf] = _parse_value(value)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text  # "*" alone is an alias in YAML and a pattern here
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _list_item(node: list, step: str, override: str) -> Any:
+    if not step.isdigit() or int(step) >= len(node):
+        raise VlmtuneError(f"override {override!r}: {step!r} is not an index below {len(node)}.")
+    return node[int(step)]
+
+
+def dump_config(config: Config) -> str:
+    """YAML with every value resolved; `load_config` of it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

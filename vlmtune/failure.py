@@ -1,0 +1,456 @@
+"""A step that was not finite: diagnosed, saved as it was, read back (SPEC F5).
+
+    failures/step_000123/
+      batch.safetensors    every tensor of its micro-batches
+      failure.json         samples, tasks, step, precision, scale, lr, histories, random state, diagnosis, checksums
+      samples.txt          the tokens by kind, for people
+      images/              what the model saw, for people; pixels that are not finite are magenta
+      checkpoint/          the state before the update (written by the trainer)
+failure.json is written last: a folder that has one is complete. No pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlmtune.checkpoint import restore_rng, rng_state
+from vlmtune.checks.causes import rank_causes
+from vlmtune.checks.examine import Picture, examine_inputs, pictures_of
+from vlmtune.checks.nonfinite import Origin, first_nonfinite
+from vlmtune.data.encode import Encoder
+from vlmtune.losses.objective import StepWeights
+from vlmtune.optim.clip import gradient_norms
+from vlmtune.optim.precision import autocast
+from vlmtune.trainer import TrainingModule
+from vlmtune.types import Batch, Finding, Kind, Region, VlmtuneError
+
+FORMAT = 1
+REQUIRED = ("step", "progress", "precision", "scale", "lr", "norm_history", "loss_history")
+DAMAGED = "the failure cannot be replayed; the other files are still readable"
+MAGENTA = (255, 0, 255)
+
+
+# ---- diagnosis ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the rerun of a failed step showed.
+
+    origin: the first that is not finite (None: the rerun was finite); micro_batch: its place in the step; samples: ids
+    of that micro-batch; causes: the most probable first; examined: what was looked at, "pass" where it is ruled out.
+    """
+
+    origin: Origin | None
+    micro_batch: int | None
+    samples: tuple[str, ...]
+    causes: list[Finding]
+    examined: list[Finding]
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [*self.causes, *self.examined]
+
+    @property
+    def sentence(self) -> str:
+        """One line: where first, the most probable cause, its remedy."""
+        first = self.causes[0]
+        where = "the rerun of the step was finite" if self.origin is None else self.origin.sentence()
+        return f"{where}; most probable: {first.what} ({first.evidence}); {first.remedy}."
+
+    def record(self) -> dict[str, Any]:
+        """JSON values, from which `of_record` makes it again."""
+        return {
+            "sentence": self.sentence,
+            "origin": None if self.origin is None else asdict(self.origin),
+            "micro_batch": self.micro_batch,
+            "samples": list(self.samples),
+            "causes": [asdict(finding) for finding in self.causes],
+            "examined": [asdict(finding) for finding in self.examined],
+        }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Diagnosis:
+        origin = record["origin"]
+        if origin is not None:
+            origin = Origin(**origin | {"samples": tuple(origin["samples"]), "broken": tuple(origin["broken"])})
+        findings = {name: [Finding(**finding) for finding in record[name]] for name in ("causes", "examined")}
+        return cls(origin, record["micro_batch"], tuple(record["samples"]), **findings)
+
+
+def diagnose(
+    model: torch.nn.Module,
+    module: TrainingModule,
+    micro_batches: Sequence[Batch],
+    weights: StepWeights,
+    precision: str,
+    scale: float,
+    rng: dict,
+    norm_history: Sequence[Mapping[str, float]],
+    loss_history: Sequence[float],
+    lr: Mapping[str, float],
+    vocabulary_size: int,
+    encoder: Encoder | None = None,
+) -> Diagnosis:
+    """Run the micro-batches of a step again, watched, until something is not finite; say where it began, and why.
+
+    module: holds `model`; scale: of the loss; rng: `checkpoint.rng_state()` before the first forward of the step;
+    norm_history, loss_history: of the steps before, oldest first (rule -> norm, with "total"); lr: rule -> learning
+    rate; vocabulary_size: rows of the embedding; encoder: knows placeholders and colours of images (None: images are
+    compared with nothing).
+
+    Afterwards parameters, buffers, random state and what the objective gathers are as before, and gradients are None.
+    """
+    token = getattr(model.config, "image_token_id", None)
+    placeholders = {model.config.image_token_index if token is None else token}
+    mean, std = (None, None) if encoder is None else colours(encoder.processor.image_processor)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    examined = _merged(
+        [examine_inputs(batch, vocabulary_size, placeholders, mean, std, longest) for batch in micro_batches]
+    )
+    # the objective may gather gradients and draw samples: the rerun gets one of its own, on the same parameters
+    own = {id(parameter): parameter for parameter in model.parameters()}
+    watched = TrainingModule(module.vlm, copy.deepcopy(module.objective, own))
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = rng_state()
+    try:
+        restore_rng(rng)
+        origin, number, without_scale = _rerun(model, watched, micro_batches, weights, precision, scale)
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for parameter in (*module.parameters(), *watched.parameters()):
+            parameter.grad = None
+        restore_rng(before)
+    causes = rank_causes(origin, examined, norm_history, loss_history, precision, scale, lr, without_scale)
+    samples = () if number is None else tuple(micro_batches[number].sample_ids)
+    return Diagnosis(origin, number, samples, causes, examined)
+
+
+def _rerun(
+    model: torch.nn.Module,
+    module: TrainingModule,
+    micro_batches: Sequence[Batch],
+    weights: StepWeights,
+    precision: str,
+    scale: float,
+) -> tuple[Origin | None, int | None, bool | None]:
+    """(origin, number of the micro-batch, whether it is finite with a scale of 1; None: not tried)."""
+    for parameter in module.parameters():
+        parameter.grad = None
+    for number, batch in enumerate(micro_batches):
+        if (origin := _without_a_row(model, batch)) is not None:
+            return origin, number, None
+        at_start = rng_state()
+        step = _Step(module, batch.to(model.device), weights, precision)
+        origin = first_nonfinite(module, lambda: step.run(scale), model)  # noqa: B023  it runs before the next turn
+        if origin is None:
+            continue
+        without_scale = None
+        if scale != 1.0 and origin.kind in ("gradient", "sum", "loss"):
+            for parameter in module.parameters():
+                parameter.grad = None
+            restore_rng(at_start)
+            without_scale = first_nonfinite(module, lambda: step.run(1.0), model) is None  # noqa: B023
+        return origin, number, without_scale
+    return _too_large(module), None, None
+
+
+def _without_a_row(model: torch.nn.Module, batch: Batch) -> Origin | None:
+    """Ids that the embedding has no row for. Told without running: on a GPU nothing runs any more after it."""
+    table = model.get_input_embeddings()
+    ids = batch.inputs["input_ids"]
+    wrong = ids[(ids < 0) | (ids >= table.num_embeddings)]
+    if not wrong.numel():
+        return None
+    detail = f"{wrong.numel()} ids, the first {int(wrong[0])}, have no row in a table of {table.num_embeddings}"
+    return Origin("exception", "embed", type(table).__name__, detail)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Forward and backward of one micro-batch, as the trainer does them."""
+
+    module: TrainingModule
+    batch: Batch
+    weights: StepWeights
+    precision: str
+
+    def run(self, scale: float) -> Tensor:
+        with autocast(self.precision, self.batch.kinds.device):
+            total = self.module(self.batch, self.weights).total
+        (total * scale).backward()
+        return total.detach()
+
+
+def _too_large(module: TrainingModule) -> Origin | None:
+    """Gradients that are finite, but whose norm is not."""
+    named = {name: [p] for name, p in module.named_parameters() if p.grad is not None}
+    if not named:
+        return None
+    norms = {name: float(norm) for name, norm in gradient_norms(named).items()}
+    total = torch.linalg.vector_norm(torch.tensor(list(norms.values())))
+    if math.isfinite(float(total)):
+        return None
+    name = max(norms, key=norms.get)
+    largest = float(named[name][0].grad.abs().max())
+    return Origin(
+        "sum", "the sum of the micro-batches", "",
+        f"all gradients are finite, but their norm is not: {name} reaches {largest:.3g}", parameter=name,
+        largest=largest,
+    )  # fmt: skip
+
+
+def _merged(of_batches: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """All that is wrong, then what is right in every micro-batch, with its evidence in the first."""
+    everything = [finding for findings in of_batches for finding in findings]
+    wrong = [finding for level in ("fail", "warn") for finding in everything if finding.level == level]
+    right = {finding.what: finding for finding in reversed(everything) if finding.level == "pass"}
+    return [*wrong, *(finding for what, finding in right.items() if what not in {f.what for f in wrong})]
+
+
+def colours(image_processor: Any) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """(mean, std) by channel that pixels were normalised with; None where they were not."""
+    if not getattr(image_processor, "do_normalize", False):
+        return None, None
+    return image_processor.image_mean, image_processor.image_std
+
+
+# ---- on disk -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Failure:
+    """A saved failure. micro_batches: exactly the tensors of the step; record: failure.json; diagnosis: the one made
+    then, None where none was."""
+
+    folder: Path
+    micro_batches: list[Batch]
+    record: dict[str, Any]
+    rng: dict
+    diagnosis: Diagnosis | None = None
+    checkpoint: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.checkpoint = self.folder / "checkpoint"
+
+
+def failure_name(step: int) -> str:
+    """Folder of a failure. step: the number of the update that was not made, counted from 1."""
+    return f"step_{step:06d}"
+
+
+def save_failure(
+    folder: Path,
+    micro_batches: Sequence[Batch],
+    record: Mapping[str, Any],
+    rng: dict,
+    diagnosis: Diagnosis | None = None,
+    encoder: Encoder | None = None,
+) -> None:
+    """Write the step to `folder`, whole or not at all; what lies beside (a checkpoint) stays.
+
+    record: step (updates made before), progress (in [0, 1], as given to the objective), precision, scale, lr (rule ->
+    rate), norm_history (of dictionaries) and loss_history; other JSON values may stand beside them. rng:
+    `checkpoint.rng_state()` before the first forward. encoder: decodes samples and images for people.
+    """
+    missing = [key for key in REQUIRED if key not in record]
+    if missing:
+        raise ValueError(f"the record of a failure lacks {', '.join(missing)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "failure.json").unlink(missing_ok=True)
+    tensors, described = _flat(micro_batches)
+    _whole(folder / "batch.safetensors", lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
+    if encoder is not None:
+        _whole(folder / "samples.txt", lambda draft: draft.write_text(_readable(micro_batches, encoder)))
+        shutil.rmtree(folder / "images", ignore_errors=True)
+        _write_images(folder / "images", micro_batches, encoder)
+    whole = {
+        "format": FORMAT,
+        **json_values(record),
+        "micro_batches": described,
+        "rng": rng,
+        "diagnosis": None if diagnosis is None else json_values(diagnosis.record()),
+        "files": {"batch.safetensors": _digest((folder / "batch.safetensors").read_bytes())},
+    }
+    whole["checksum"] = _checksum(whole)
+    _whole(folder / "failure.json", lambda draft: draft.write_text(json.dumps(whole, indent=1)))
+
+
+def load_failure(folder: Path) -> Failure:
+    """Exactly what was saved. Raises VlmtuneError naming the file that is missing or damaged."""
+    path = folder / "failure.json"
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise VlmtuneError(f"{folder} is not a saved failure: {path.name} is missing.") from error
+    except ValueError as error:
+        raise VlmtuneError(f"{path} is damaged ({error}); {DAMAGED}.") from error
+    written_as = record.get("format") if isinstance(record, dict) else None
+    if written_as != FORMAT:
+        raise VlmtuneError(f"{path} has format {written_as!r}, not {FORMAT}; use the version that wrote it.")
+    if record.pop("checksum", None) != _checksum(record):
+        raise VlmtuneError(f"{path} is damaged (its checksum differs); {DAMAGED}.")
+    batch = folder / "batch.safetensors"
+    try:
+        if _digest(batch.read_bytes()) != record["files"][batch.name]:
+            raise VlmtuneError(f"{batch} is damaged (its checksum differs); {DAMAGED}.")
+        tensors = load_file(batch)
+    except (OSError, SafetensorError) as error:
+        raise VlmtuneError(f"{batch} is missing or damaged ({error}); {DAMAGED}.") from error
+    micro_batches = _batches(tensors, record.pop("micro_batches"))
+    rng, diagnosis = record.pop("rng"), record.pop("diagnosis")
+    record["norm_history"] = [{rule: float(norm) for rule, norm in step.items()} for step in record["norm_history"]]
+    record["loss_history"] = [float(loss) for loss in record["loss_history"]]
+    record["scale"] = float(record["scale"])
+    return Failure(folder, micro_batches, record, rng, None if diagnosis is None else Diagnosis.of_record(diagnosis))
+
+
+def _flat(micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[dict]]:
+    """Every tensor by name, and what is not a tensor."""
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for number, batch in enumerate(micro_batches):
+        tensors |= {f"{number}/inputs/{name}": value for name, value in batch.inputs.items()}
+        tensors[f"{number}/kinds"] = batch.kinds
+        regions = []
+        for place, (row, region) in enumerate(batch.regions):
+            parts = {name: getattr(region, name) for name in ("box", "patches", "mask")}
+            tensors |= {f"{number}/regions/{place}/{name}": v for name, v in parts.items() if v is not None}
+            plain = {name: getattr(region, name) for name in ("at", "list_of", "is_answer", "image")}
+            regions.append({"row": row, **plain})
+        described.append({"samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions})
+    # cloned: samples of one batch may share memory, which safetensors refuses
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, described
+
+
+def _batches(tensors: dict[str, Tensor], described: list[dict]) -> list[Batch]:
+    batches = []
+    for number, batch in enumerate(described):
+        start = f"{number}/inputs/"
+        inputs = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        regions = []
+        for place, plain in enumerate(batch["regions"]):
+            parts = {name: tensors.get(f"{number}/regions/{place}/{name}") for name in ("box", "patches", "mask")}
+            regions.append((plain["row"], Region(**{k: v for k, v in plain.items() if k != "row"}, **parts)))
+        batches.append(Batch(inputs, tensors[f"{number}/kinds"], batch["tasks"], batch["samples"], regions))
+    return batches
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Written beside, synced, renamed."""
+    draft = path.with_name(f".{path.name}.tmp")
+    write(draft)
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def json_values(value: Any) -> Any:
+    """JSON has no word for numbers that are not finite: they become "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: json_values(part) for key, part in value.items()}
+    return [json_values(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _checksum(record: dict) -> str:
+    return _digest(json.dumps(record, sort_keys=True).encode())
+
+
+# ---- for people --------------------------------------------------------------------------------------------------
+
+
+def _readable(micro_batches: Sequence[Batch], encoder: Encoder) -> str:
+    """Every sample: id, task, and its tokens by kind, one line for each run of a kind."""
+    lines = []
+    for number, batch in enumerate(micro_batches):
+        for row, name in enumerate(batch.sample_ids):
+            lines.append(f"micro-batch {number + 1}, sample {name}, task {batch.tasks[row]}")
+            ids, kinds = batch.inputs["input_ids"][row].tolist(), batch.kinds[row].tolist()
+            for kind, run in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+                lines.append(f"  {_kind(kind):12} {_text([id_ for _, id_ in run], kind, encoder)}")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _kind(kind: int) -> str:
+    return Kind(kind).name.lower() if kind in Kind._value2member_map_ else f"kind {kind}?"
+
+
+def _text(ids: list[int], kind: int, encoder: Encoder) -> str:
+    if kind == Kind.PADDING:
+        return f"× {len(ids)}"
+    known = len(encoder.tokenizer)
+    pieces = []
+    for is_placeholder, run in groupby(ids, key=lambda id_: id_ in encoder.image_token_ids):
+        run = list(run)
+        if is_placeholder:
+            pieces.append(f"⟨image × {len(run)}⟩")
+            continue
+        for is_known, part in groupby(run, key=lambda id_: 0 <= id_ < known):
+            part = list(part)
+            said = encoder.tokenizer.decode(part, clean_up_tokenization_spaces=False) if is_known else f"⟨ids {part}⟩"
+            pieces.append(said.replace("\n", "↵"))
+    return "".join(pieces)
+
+
+def _write_images(folder: Path, micro_batches: Sequence[Batch], encoder: Encoder) -> None:
+    for number, batch in enumerate(micro_batches):
+        for place, picture in enumerate(pictures_of(batch, encoder.image_token_ids)):
+            shown = draw(picture, encoder.processor.image_processor)
+            if shown is not None:
+                folder.mkdir(exist_ok=True)
+                sample = "".join(c if c.isalnum() or c in "-_" else "_" for c in picture.sample)[:60]
+                shown.save(folder / f"{number + 1}_{place + 1}_{sample}.png")
+
+
+def draw(picture: Picture, image_processor: Any) -> Image.Image | None:
+    """What the model saw, back in colours; None for pixels of a layout that is not known."""
+    pixels = _pixels(picture, image_processor)
+    if pixels is None or pixels.dim() != 3 or pixels.shape[0] not in (1, 3):
+        return None
+    pixels = pixels.float().cpu().expand(3, -1, -1)
+    mean, std = colours(image_processor)
+    if mean is not None:
+        pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    broken = ~torch.isfinite(pixels).all(dim=0)
+    shades = (pixels.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    shades[broken] = torch.tensor(MAGENTA, dtype=torch.uint8)
+    return Image.fromarray(shades.numpy())
+
+
+def _pixels(picture: Picture, image_processor: Any) -> Tensor | None:
+    """float[C, H, W] of the first frame."""
+    if picture.grid is None:
+        return picture.values
+    patch, merge, frames = (getattr(image_processor, f"{n}_size", None) for n in ("patch", "merge", "temporal_patch"))
+    if None in (patch, merge, frames) or picture.values.shape[1] % (frames * patch * patch):
+        return None
+    _, rows, columns = picture.grid.tolist()
+    # patches are listed block by block of merge x merge
+    values = picture.values.view(-1, rows // merge, columns // merge, merge, merge, picture.values.shape[1])[0]
+    values = values.unflatten(-1, (-1, frames, patch, patch))[..., 0, :, :]  # h, w, m, m, C, P, P
+    return values.permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, rows * patch, columns * patch)
