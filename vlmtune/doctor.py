@@ -195,9 +195,10 @@ def _compared(found: Replay) -> str:
 
 def _history(record: dict) -> list[str]:
     totals = [step["total"] for step in record["norm_history"] if "total" in step]
+    scales = record.get("scale_history", []) if record["precision"] == "fp16" else []
     return [
         f"{name} before: {_numbers(values)}"
-        for name, values in (("gradient norm", totals), ("loss", record["loss_history"]))
+        for name, values in (("gradient norm", totals), ("loss", record["loss_history"]), ("loss scale", scales))
         if values
     ]
 

@@ -36,7 +36,7 @@ NAMES = [*FAMILIES, "embedded"]
 PLANS = ("full", "lora")
 FAULTS = ("pixels", "weights", "gradient", "overflow", "ids")
 NAMED = 0.95  # share of faults whose first module is named: what SPEC F5 asks for
-DRAWS = 3  # of each fault, for each model and plan
+DRAWS = 2  # of each fault, for each model and plan
 MANY_DRAWS = 20
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 
@@ -341,8 +341,8 @@ def bench_of(model_folder, encoded):
 def test_the_first_module_is_named(bench_of, name, plan):
     bench = bench_of(name, plan, 1)
     before = snapshot(bench.model)
-    # float16 products take seconds on a CPU where the model is not tiny
-    draws = {fault: 1 if (name, fault) == ("embedded", "overflow") else DRAWS for fault in FAULTS}
+    # where the model is not tiny, a float16 step takes seconds on a CPU: in the slow test
+    draws = {fault: 0 if (name, fault) == ("embedded", "overflow") else DRAWS for fault in FAULTS}
     missed = [line for fault in FAULTS for line in campaign(bench, fault, draws[fault])]
     assert len(missed) <= (1 - NAMED) * sum(draws.values()), "\n".join(missed)
     after = snapshot(bench.model)

@@ -24,7 +24,9 @@ from vlmtune.failure import Diagnosis, diagnose, draw, failure_name, load_failur
 from vlmtune.losses.balance import GradNorm, InitialLosses
 from vlmtune.losses.exposure import Exposure
 from vlmtune.losses.objective import Objective
+from vlmtune.losses.referring import HeadBoxLoss
 from vlmtune.models.load import load_model, load_processor
+from vlmtune.models.readouts import attach_readouts
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.trainer import TrainingModule
 from vlmtune.types import Batch, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
@@ -51,9 +53,11 @@ def step(encoder, tmp_path_factory) -> list[Batch]:
 class Setting:
     """A training module on tiny llava, and a diagnosis of a step with it."""
 
-    def __init__(self, folder: Path, encoder: Encoder, step: list[Batch], plan: str = "full", objective=None):
+    def __init__(self, folder: Path, encoder: Encoder, step: list[Batch], plan: str = "full", objective=None, heads=()):
         torch.manual_seed(0)
         self.model = load_model(str(folder))
+        if heads:
+            attach_readouts(self.model, heads, 0)
         rules = full_rules(self.model) if plan == "full" else lora_rules(self.model, dropout=0.5)
         self.plan = apply_plan(self.model, rules, str(folder), seed=0)
         set_training_mode(self.model)
@@ -198,6 +202,26 @@ def test_statistics_of_a_tower_that_trains_are_put_back(embedded_folder, tmp_pat
     before = {name: buffer.clone() for name, buffer in setting.model.named_buffers()}
     assert setting.diagnose().origin.kind == "inputs"
     assert all(torch.equal(buffer, before[name]) for name, buffer in setting.model.named_buffers())
+
+
+@pytest.mark.parametrize("with_boxes", [True, False])
+def test_read_outs_and_their_terms(tiny_folder, tmp_path, with_boxes):
+    """A head that runs, a head that no box of the batch calls, and a target that is not finite."""
+    folder = tiny_folder("qwen3_vl")
+    encoder = Encoder(load_processor(str(folder)), coordinates("norm1000"), reads_regions=True)
+    data = write_boxes(tmp_path, 2) if with_boxes else write_data(tmp_path, 2)
+    batch = collate(encode_all(encoder, data), encoder.pad_token_id)
+    setting = Setting(folder, encoder, [batch], "full", lambda plan: Objective(terms=[HeadBoxLoss()]), ["box"])
+    assert setting.diagnose().origin is None
+    setting.model.heads["box"].out.bias.data[1] = float("nan")
+    found = setting.diagnose().origin
+    assert (found.kind, found.module, found.parameter) == ("weights", "heads.box.out", "heads.box.out.bias")
+    setting.model.heads["box"].out.bias.data[1] = 0.0
+    if with_boxes:
+        batch.regions[1][1].box[2] = float("inf")
+        found = setting.diagnose().origin
+        assert (found.kind, found.module, found.layer) == ("inputs", "objective.terms.0", "HeadBoxLoss")
+        assert found.detail == "input box: 1 of 4 values infinite"
 
 
 def test_a_diagnosis_survives_json(setting):

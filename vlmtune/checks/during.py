@@ -111,9 +111,10 @@ def _counted(bad: Sequence[str], rows: Rows) -> str:
 # ---- the loss ----------------------------------------------------------------------------------------------------
 
 FIRST = 10  # steps before the running mean means something
-FAST, SLOW = 0.9, 0.95  # decay of the running mean and deviation, and of the mean that shows a trend
+FAST, SLOW = 0.9, 0.97  # decay of the running mean and deviation, and of the mean that shows a trend
 DEVIATIONS, JUMP = 8.0, 1.5  # a spike is that many deviations above the mean, and so many times the mean
-CLIMB, CLIMBED = 1.5, 0.5  # a divergence: times the lowest mean, and at least so much above it
+CLIMB, CLIMBED = 1.5, 0.5  # a divergence: times the lowest mean, at least so much above it, and more than noise:
+NOISE = 1.5  # mean deviations; batches of one task each differ five times in their losses
 PAUSE = 10  # steps after a finding in which nothing is said
 
 
@@ -143,7 +144,8 @@ class LossWatch:
         self._deviation = fast * self._deviation + (1 - fast) * abs(seen - self._mean)
         self._mean = fast * self._mean + (1 - fast) * seen
         self._trend = slow * self._trend + (1 - slow) * seen
-        climbed = self._steps > 2 * FIRST and trend > max(CLIMB * lowest, lowest + CLIMBED)
+        above = max(CLIMB * lowest, lowest + CLIMBED, lowest + NOISE * self._deviation)
+        climbed = self._steps > 2 * FIRST and trend > above
         self._lowest = min(self._lowest, self._trend) if self._steps > FIRST else self._trend
         if self._pause:
             self._pause -= 1

@@ -16,7 +16,7 @@ from vlmtune.evaluate.regions import region_scores
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM
-from vlmtune.optim.precision import autocast
+from vlmtune.optim.precision import Precision, autocast
 from vlmtune.types import Box, Sample
 
 
