@@ -12,6 +12,9 @@ import torch
 from vlmtune.adapt.plan import Plan, Policy
 from vlmtune.config import Config, LrSegment, Rule
 from vlmtune.losses.objective import Objective
+from vlmtune.models.anatomy import canonical_parameters
+from vlmtune.models.batchnorm import SharedTower, batch_norms, freeze_statistics
+from vlmtune.models.islands import keep_float32
 from vlmtune.optim.optimizer import build_adamw, usable_here
 from vlmtune.optim.precision import Precision
 from vlmtune.recovery import Recovery
@@ -189,6 +192,53 @@ def policies_at(config: Config, settings: Settings, step: int) -> list[tuple[str
         (rule, policy if settings.rates[rule].is_active(step) else replace(policy, train="frozen"))
         for rule, policy in policies(config)
     ]
+
+
+def apply_formats(model: torch.nn.Module, plan: Plan, config: Config) -> list[str]:
+    """Float32 islands and fixed statistics of BatchNorm, as the rules say; one line on each.
+
+    Raises VlmtuneError for a rule that covers no whole module, or has no BatchNorm to say something about.
+    """
+    lines = []
+    named = canonical_parameters(model)
+
+    def covered(rule: Rule) -> list[torch.nn.Parameter]:
+        return [named[name] for name, owner in plan.rule_of.items() if owner == rule.match]
+
+    islands = [rule for rule in config.plan if rule.compute == "fp32"]
+    if islands:
+        names = keep_float32(model, [parameter for rule in islands for parameter in covered(rule)])
+        for rule in islands:
+            own = {id(parameter) for parameter in covered(rule)}
+            inside = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+            if not own & inside:
+                raise VlmtuneError(
+                    f"plan: rule {rule.match!r} says compute: fp32, but covers no whole module; widen its pattern."
+                )
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"float32: {shown} compute in float32 (compute: fp32)")
+    for rule in config.plan:
+        layers = batch_norms(model, covered(rule)) if rule.batchnorm != "batch" else {}
+        if rule.batchnorm != "batch" and not layers:
+            raise VlmtuneError(
+                f"plan: rule {rule.match!r} says batchnorm: {rule.batchnorm}, but covers no BatchNorm; leave it out."
+            )
+        if rule.batchnorm == "frozen":
+            freeze_statistics(layers.values())
+            lines.append(f"BatchNorm: {len(layers)} layers of rule {rule.match!r} keep the base's statistics")
+    return lines
+
+
+def build_tower(model: torch.nn.Module, config: Config) -> SharedTower | None:
+    """Where a rule says batchnorm: sync. Raises VlmtuneError for models and methods that it does not work with."""
+    if not any(rule.batchnorm == "sync" for rule in config.plan):
+        return None
+    if any(rule.train == "cross_modal" for rule in config.plan):
+        raise VlmtuneError(
+            "plan: batchnorm: sync runs the tower apart from the language model, but cross_modal adapters look at it "
+            "from there; say batchnorm: frozen."
+        )
+    return SharedTower(model)
 
 
 def build_optimizer(config: Config, plan: Plan, objective: Objective, device: torch.device) -> torch.optim.Optimizer:

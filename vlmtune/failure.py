@@ -222,8 +222,11 @@ def _merged(of_batches: Sequence[Sequence[Finding]]) -> list[Finding]:
     """All that is wrong, then what is right in every micro-batch, with its evidence in the first."""
     everything = [finding for findings in of_batches for finding in findings]
     wrong = [finding for level in ("fail", "warn") for finding in everything if finding.level == level]
-    right = {finding.what: finding for finding in reversed(everything) if finding.level == "pass"}
-    return [*wrong, *(finding for what, finding in right.items() if what not in {f.what for f in wrong})]
+    right: dict[str, Finding] = {}
+    for finding in everything:
+        if finding.level == "pass" and finding.what not in {other.what for other in wrong}:
+            right.setdefault(finding.what, finding)
+    return [*wrong, *right.values()]
 
 
 def colours(image_processor: Any) -> tuple[Sequence[float] | None, Sequence[float] | None]:

@@ -42,7 +42,15 @@ from vlmtune.build import (
     remarks_on_prompts,
     step_loader,
 )
-from vlmtune.build_course import build_optimizer, build_recovery, build_settings, lr_scaling, policies
+from vlmtune.build_course import (
+    apply_formats,
+    build_optimizer,
+    build_recovery,
+    build_settings,
+    build_tower,
+    lr_scaling,
+    policies,
+)
 from vlmtune.build_loss import build_objective
 from vlmtune.checkpoint import (
     TrainState,
@@ -52,6 +60,7 @@ from vlmtune.checkpoint import (
     read_state,
     set_aside,
 )
+from vlmtune.checks.before import batchnorm_findings
 from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
@@ -177,6 +186,7 @@ def train(
         (lambda step: measure(config, made, config.evaluate.limit).metrics) if made.groups else None,
         steps.order if isinstance(steps.order, TemperatureOrder) else None,
         build_recovery(config), probe_of(steps), [history.path, history.gradients], stop,
+        build_tower(made.model, config),
     )  # fmt: skip
     trainer.investigate = investigator(folder, trainer, made.encoder)
     if checkpoint is not None:
@@ -223,8 +233,11 @@ def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     place(model, device)
+    for line in apply_formats(model, plan, config):
+        console.print(line, highlight=False, markup=False)
     batches = first_micro_batches(steps)
     findings = check_start(model, plan, encoder, batches[0], precision)
+    findings += batchnorm_findings(model, plan, batches, any(rule.batchnorm == "sync" for rule in config.plan))
     predictions = predict_phases(config, settings, model, batches, base.new_tokens, device)
     return Prepared(model, encoder, sources, groups, fitted, steps, settings, plan, objective, findings, predictions)
 

@@ -31,6 +31,7 @@ from vlmtune.checkpoint import (
 from vlmtune.checks.during import LossWatch, judge_overflow, judge_statistics
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.losses.objective import Losses, Objective, StepWeights
+from vlmtune.models.batchnorm import SharedTower
 from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.observer import Observer
@@ -154,8 +155,8 @@ class Trainer:
     "group/task/metric"); folder: where checkpoints go; fingerprint: of the config; sampling: what draws the samples
     of `steps`, where that depends on losses; recovery: what to do about numbers that are not finite; probe: samples
     whose losses every checkpoint records; companions: files of the run that every checkpoint copies; stop: asks the
-    run to end; investigate: is told of a step that is not finite, with the random state before it, and returns what
-    caused it, in a sentence.
+    run to end; tower: runs the vision tower over all images of a step at once; investigate: is told of a step that is
+    not finite, with the random state before it, and returns what caused it, in a sentence.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class Trainer:
         probe: Probe | None = None,
         companions: Sequence[Path] = (),
         stop: StopRequest | None = None,
+        tower: SharedTower | None = None,
         investigate: Callable[[NonFinite, dict[str, Any]], str] | None = None,
     ):
         self.model, self.plan, self.optimizer = model, plan, optimizer
@@ -183,7 +185,7 @@ class Trainer:
         self.steps, self.settings, self.folder, self.fingerprint = steps, settings, folder, fingerprint
         self.device, self.observers, self.evaluate = device, observers, evaluate
         self.sampling, self.recovery, self.probe, self.companions = sampling, recovery, probe, companions
-        self.stop, self.investigate = stop or StopRequest(), investigate
+        self.stop, self.tower, self.investigate = stop or StopRequest(), tower, investigate
         self.groups = plan.groups()
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
@@ -307,12 +309,17 @@ class Trainer:
         weights = objective.weights(micro_batches, state.step / settings.total_steps)
         scale = 1.0 if self.scale is None else self.scale.value
         parts: list[Losses] = []
-        for batch in micro_batches:
+        if self.tower is not None:
             with autocast(settings.precision, self.device):
-                losses = self._forward(batch, weights)  # sums / global weight: they add up
+                self.tower.begin(micro_batches)
+        for number, batch in enumerate(micro_batches):
+            with autocast(settings.precision, self.device):
+                losses = self._forward(number, batch, weights)  # sums / global weight: they add up
             if losses.total.requires_grad:  # text alone reaches nothing where only vision and projector train
                 (losses.total * scale).backward()
             parts.append(losses.detach())
+        if self.tower is not None:
+            self.tower.finish()
         sums = StepLosses.of(parts)
         if state.step in self._phases:
             self.refuse_missing_gradients()
@@ -346,9 +353,10 @@ class Trainer:
             "norms": norms, "lr": lr, "scale": scale, "statistics": rows, **counted,
         }  # fmt: skip
 
-    def _forward(self, batch: Batch, weights: StepWeights) -> Losses:
+    def _forward(self, number: int, batch: Batch, weights: StepWeights) -> Losses:
+        batch = batch.to(self.device)
         try:
-            return self.module(batch.to(self.device), weights)
+            return self.module(batch if self.tower is None else self.tower.inputs(number, batch), weights)
         except IndexError as error:  # an id beyond the vocabulary; on CUDA the process cannot go on after it
             raise NonFinite(f"the forward raised {type(error).__name__}: {error}") from error
 

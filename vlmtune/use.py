@@ -21,7 +21,7 @@ from vlmtune.build import (
     load_model,
     resolve_model,
 )
-from vlmtune.build_course import policies
+from vlmtune.build_course import apply_formats, policies
 from vlmtune.checkpoint import checkpoints, load_weights
 from vlmtune.config import Config, load_config
 from vlmtune.data.encode import Encoder
@@ -67,6 +67,7 @@ def load_run(run: Path, checkpoint: str, as_stored: bool = True) -> Loaded:
     if folder is not None:
         plan = apply_plan(base.model, rules, config.model, config.train.seed, base.new_tokens)
         described = load_weights(folder, base.model, plan)
+        apply_formats(base.model, plan, config)
         place(base.model, base.model.device)  # read-outs and new rows to where a quantised base was read
     mixed = any(policy.store != "fp32" for _, policy in rules)
     precision = resolve_precision(config.train.precision, best_device()) if mixed else "fp32"

@@ -132,3 +132,35 @@ def test_policies_may_change_between_a_run_and_its_resume(write_config, vlmtune)
     assert vlmtune("train", config)[0] == 0
     code, out, _ = vlmtune("train", config, "stability.nonfinite=skip", "stability.spikes=rewind")
     assert code == 0 and "continuing from" in out
+
+
+def test_a_float32_island_from_a_config(trained, write_config, vlmtune):
+    """The losses differ from those of plain bfloat16, and the modules are named."""
+    plan = [rule | {"compute": "fp32"} if rule["match"] in ("language", "projector") else rule for rule in PLAN]
+    island, _, out = trained("island", "train.precision=bf16", plan=plan, steps=3)
+    plain, _, _ = trained("plain", "train.precision=bf16", steps=3)
+    assert "float32: model.multi_modal_projector" in out and island[0]["loss"] != plain[0]["loss"]
+    narrow = [{"match": "projector.linear_1.weight", "train": "full", "compute": "fp32"}, *PLAN]
+    code, _, err = vlmtune("train", write_config("narrow", 3, plan=narrow))
+    assert code == 1 and "covers no whole module" in err
+
+
+def batchnorm_plan(mode: str) -> list[dict]:
+    return [{"match": "vision", "train": "full", "lr": 1e-4, "batchnorm": mode},
+            *(rule for rule in PLAN if rule["match"] not in ("vision", "lm_head"))]  # fmt: skip
+
+
+def test_batchnorm_modes_from_a_config(trained, write_config, vlmtune):
+    """On the embedded tower: a warning by default; frozen and sync do what they say, and differ."""
+    losses = {}
+    for mode in ("batch", "frozen", "sync"):
+        records, folder, out = trained(f"bn_{mode}", steps=3, model="embedded", plan=batchnorm_plan(mode))
+        losses[mode] = records[-1]["loss"]
+        said = json.loads((folder / "start.json").read_text())
+        found = [finding for finding in said if finding["what"].startswith("BatchNorm")]
+        assert [finding["level"] for finding in found] == {"batch": ["warn"], "frozen": [], "sync": ["pass"]}[mode]
+        assert ("keep the base's statistics" in out) == (mode == "frozen")
+    assert len(set(losses.values())) == 3
+    plan = [rule | {"batchnorm": "frozen"} if rule["match"] == "projector" else rule for rule in PLAN]
+    code, _, err = vlmtune("train", write_config("none", 3, plan=plan))
+    assert code == 1 and "covers no BatchNorm" in err

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_matrix import METHODS, load_for
 from torch import Tensor, nn
 from training_setup import full_rules, lora_rules, micro_batches, snapshot
 
@@ -67,14 +68,20 @@ class Expected:
 class Bench:
     """A model with its loss and one step of two micro-batches, one sample of which has no image."""
 
-    def __init__(self, folder: Path, encoder: Encoder, batches: list[Batch], plan: str, seed: int):
+    @classmethod
+    def planned(cls, folder: Path, encoder: Encoder, batches: list[Batch], plan: str, seed: int) -> Bench:
+        """plan: "full", or "lora" with dropout and recomputed activations."""
         torch.manual_seed(0)
-        self.model = load_model(str(folder))
-        rules = full_rules(self.model) if plan == "full" else lora_rules(self.model, dropout=0.1)
-        apply_plan(self.model, rules, str(folder), seed=0)
+        model = load_model(str(folder))
+        rules = full_rules(model) if plan == "full" else lora_rules(model, dropout=0.1)
+        apply_plan(model, rules, str(folder), seed=0)
         if plan == "lora":
-            checkpoint_activations(self.model)
-        set_training_mode(self.model)
+            checkpoint_activations(model)
+        set_training_mode(model)
+        return cls(model, encoder, batches, seed)
+
+    def __init__(self, model: nn.Module, encoder: Encoder, batches: list[Batch], seed: int):
+        self.model = model
         self.module = TrainingModule(VLM(self.model), Objective())
         self.encoder, self.batches = encoder, batches
         self.weights = self.module.objective.weights(batches)
@@ -113,9 +120,10 @@ class Bench:
         for buffer, before in buffers:
             buffer.copy_(before)
 
-    def diagnose(self, precision: str) -> Diagnosis:
+    def diagnose(self, precision: str, rng: dict | None = None) -> Diagnosis:
+        """rng: before the first forward; None: as it is now."""
         return diagnose(
-            self.model, self.module, self.batches, self.weights, precision, 1.0, rng_state(), [], [], {},
+            self.model, self.module, self.batches, self.weights, precision, 1.0, rng or rng_state(), [], [], {},
             self.vocabulary, self.encoder,
         )  # fmt: skip
 
@@ -311,9 +319,10 @@ def campaign(bench: Bench, fault: str, draws: int) -> list[str]:
         tried += 1
         assert tried < 20 * draws, f"{fault}: the faults do not make the step fail"
         with INJECT[fault](bench) as expected:
+            rng = rng_state()  # with another dropout the same fault may do no harm
             if fault != "ids" and bench.is_finite(precision):
                 continue
-            found = bench.diagnose(precision)
+            found = bench.diagnose(precision, rng)
             alone = watched_alone(bench) if fault == "ids" else found.origin
         made += 1
         if not expected.is_named(found) or (alone.kind, alone.module) != (found.origin.kind, found.origin.module):
@@ -330,7 +339,7 @@ def bench_of(model_folder, encoded):
             encoder, samples = encoded(name)
             batches = micro_batches(encoder, samples[2:6], 2)
             kept.clear()
-            kept[name, plan, seed] = Bench(model_folder(name), encoder, batches, plan, seed)
+            kept[name, plan, seed] = Bench.planned(model_folder(name), encoder, batches, plan, seed)
         return kept[name, plan, seed]
 
     return of
@@ -347,6 +356,22 @@ def test_the_first_module_is_named(bench_of, name, plan):
     assert len(missed) <= (1 - NAMED) * sum(draws.values()), "\n".join(missed)
     after = snapshot(bench.model)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_every_method(model_folder, encoded, method):
+    """Adapters use their weights in many ways: as modules, from dictionaries, inside of what they wrap."""
+    folder, (encoder, samples) = model_folder("llava"), encoded("llava")
+    model, rules = load_for(folder, method)
+    plan = apply_plan(model, rules, str(folder), seed=0)
+    set_training_mode(model)
+    bench = Bench(model, encoder, micro_batches(encoder, samples[2:4], 2), seed=1)
+    assert bench.diagnose("fp32").origin is None
+    for name in bench.draw.sample(sorted(plan.parameters), min(3, len(plan.parameters))):
+        parameter = plan.parameters[name].data
+        with changed(parameter, bench.draw.randrange(parameter.numel()), float("nan")):
+            found = bench.diagnose("fp32").origin
+        assert (found.kind, found.parameter, found.broken) == ("weights", name, (name,))
 
 
 @pytest.mark.slow

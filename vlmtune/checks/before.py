@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from vlmtune.adapt.library import adapters_off, tuner_layers
 from vlmtune.adapt.new_rows import NEW_ROWS
 from vlmtune.adapt.plan import Plan
 from vlmtune.models.anatomy import canonical_parameters, part_of
+from vlmtune.models.batchnorm import batch_norms, keeps_statistics
 from vlmtune.models.initialise import XAVIER_LIMIT
-from vlmtune.types import Finding
+from vlmtune.types import Batch, Finding
 
 _ZERO_AT_START = ("lora_B", "bottleneck_up", "crossmodal_up", "prefixkv_gate")
 """Tensors that start at zero so that the adapted model starts as the base model."""
@@ -26,6 +27,31 @@ IDENTITY = {"fp32": 1e-4, "bf16": 3e-2}
 
 
 @torch.no_grad()
+def batchnorm_findings(
+    model: torch.nn.Module, plan: Plan, micro_batches: Sequence[Batch], is_shared: bool
+) -> list[Finding]:
+    """Whether trained BatchNorm sees the whole step (SPEC G5); nothing where none trains.
+
+    micro_batches: of one step; is_shared: the tower runs once over all of them.
+    """
+    training = {n: m for n, m in batch_norms(model, plan.parameters.values()).items() if not keeps_statistics(m)}
+    if not training:
+        return []
+    what = "BatchNorm sees the whole step"
+    first = next(iter(training))
+    if is_shared or len(micro_batches) == 1:
+        how = "the tower runs once over all of it" if is_shared else "it is one micro-batch"
+        return [Finding("pass", what, f"{len(training)} layers train, first {first}; {how}")]
+    sizes = "+".join(str(len(batch.sample_ids)) for batch in micro_batches)
+    return [
+        Finding(
+            "warn", what, f"no: {len(training)} layers train, first {first}, on the statistics of each of "
+            f"{len(micro_batches)} micro-batches ({sizes} samples)",
+            "say batchnorm: frozen (the base's statistics) or sync (the tower runs once over the step) on that rule",
+        )
+    ]  # fmt: skip
+
+
 def initial_findings(
     model: nn.Module, plan: Plan, vocabulary: int, inputs: dict[str, Tensor] | None = None
 ) -> list[Finding]:

@@ -112,10 +112,14 @@ def examine_inputs(
     ]
     if longest is not None:
         findings.append(_lengths(batch, longest))
-    for name, value in batch.inputs.items():
-        if name != "pixel_values" and value.is_floating_point() and not is_finite(value):
+    others = [(name, value) for name, value in batch.inputs.items() if name != "pixel_values"]
+    for row, region in batch.regions:
+        targets = [("box", region.box), ("mask", region.mask)]
+        others += [(f"{what} of sample {batch.sample_ids[row]}", t) for what, t in targets if t is not None]
+    for name, value in others:
+        if value.is_floating_point() and not is_finite(value):
             evidence = f"{name}: {broken_values(value)}"
-            findings.append(Finding("fail", OTHER_INPUTS, evidence, "look at the images of this micro-batch"))
+            findings.append(Finding("fail", OTHER_INPUTS, evidence, "look at the images and boxes of this sample"))
     return findings
 
 

@@ -85,18 +85,34 @@ class Origin:
                 return self.detail
 
 
-def canonical_modules(module: nn.Module, model: nn.Module | None) -> dict[int, str]:
-    """id of every submodule -> its name: canonical inside `model` (None: nowhere), its path elsewhere."""
-    names = {id(child): path for path, child in module.named_modules()}
-    if model is None:
-        return names
-    anatomy = anatomy_of(model)
-    for path, child in model.named_modules():
+class Names:
+    """Of modules and their tensors: canonical inside `model` (None: there is none), paths in `module` elsewhere."""
+
+    def __init__(self, module: nn.Module, model: nn.Module | None):
+        self.paths = {id(child): path for path, child in module.named_modules()}
+        self.inside: set[int] = set()
+        self.anatomy = None
+        if model is not None:
+            self.anatomy = anatomy_of(model)
+            self.paths |= {id(child): path for path, child in model.named_modules()}
+            self.inside = {id(child) for child in model.modules()}
+
+    def module(self, module: nn.Module) -> str:
+        """Its class where it has no path of its own: it is all there is."""
+        return self._canonical(module, self.paths.get(id(module), "")) or type(module).__name__
+
+    def tensor(self, module: nn.Module, name: str) -> str:
+        """Of a parameter or buffer of `module`."""
+        path = self.paths[id(module)]
+        return self._canonical(module, f"{path}.{name}" if path else name)
+
+    def _canonical(self, module: nn.Module, path: str) -> str:
+        if id(module) not in self.inside:
+            return path
         try:
-            names[id(child)] = canonical_name(anatomy, path)
+            return canonical_name(self.anatomy, path)
         except VlmtuneError:  # what holds several parts is in none of them
-            names[id(child)] = path
-    return names
+            return path
 
 
 def first_nonfinite(
@@ -107,7 +123,7 @@ def first_nonfinite(
     None: loss and all gradients are finite. model: the vision-language model in `module`, whose parts have canonical
     names. Gradients are left in `.grad`, hooks are not.
     """
-    trace = _Trace(module, canonical_modules(module, model))
+    trace = _Trace(module, Names(module, model))
     loss: Tensor | None = None
     failure: Exception | None = None
     with trace:
@@ -204,7 +220,7 @@ class _Call:
 class _Trace:
     """Watches one forward and backward; a context manager that leaves no hook behind."""
 
-    def __init__(self, module: nn.Module, names: dict[int, str]):
+    def __init__(self, module: nn.Module, names: Names):
         self.module, self.names = module, names
         self.broken: dict[int, list[str]] = {}  # id of a module -> its own tensors that are not finite
         self.owner: dict[int, tuple[nn.Module, str]] = {}  # id of a parameter -> module, name of the tensor
@@ -213,7 +229,7 @@ class _Trace:
                 self.owner.setdefault(id(tensor), (child, name))
             for name, tensor in _read_before_written(child):
                 if not is_finite(tensor):
-                    self.broken.setdefault(id(child), []).append(self._tensor_name(child, name))
+                    self.broken.setdefault(id(child), []).append(self.names.tensor(child, name))
         self.calls: list[_Call] = []
         self.called: set[int] = set()
         self.guests: dict[int, list[nn.Module]] = {}  # id of a module -> modules that were handed to it
@@ -258,7 +274,7 @@ class _Trace:
             self.from_outside = found
             self.batch = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Batch)), self.batch)
         elif found is not None and self.from_outside is None:
-            self._blame(caller, found[1], f"in its own code, before it calls {self._name(module)}")
+            self._blame(caller, found[1], f"in its own code, before it calls {self.names.module(module)}")
         elif found is not None and caller.came_bad and not _is_passed_on(found[1], self.from_outside[1]):
             self._blame_inputs(caller)
         self.boundaries.append((_sequence_number(), module))
@@ -283,7 +299,7 @@ class _Trace:
         key, given = self.from_outside
         self.forward_at = self._now()
         self.forward = Origin(
-            "inputs", self._name(call.module), type(call.module).__name__,
+            "inputs", self.names.module(call.module), type(call.module).__name__,
             f"input {key or 'of the model'}: {broken_values(given)}", _dtype(given),
             largest_finite(given), _share(given), broken=self._all_broken(),
         )  # fmt: skip
@@ -293,11 +309,14 @@ class _Trace:
         self.forward_at = self._now()
         inputs = (call.args, call.kwargs)
         guests = _guests(*inputs)
+        # peft's wrappers have the name of what they wrap, and hand it their weights
+        name = self.names.module(call.module)
+        wrappers = [other.module for other in self.calls if self.names.module(other.module) == name]
         bypassed = [
             child
-            for holder in (call.module, *guests)
+            for holder in (call.module, *wrappers, *guests)
             for child in holder.modules()
-            if child is call.module or id(child) not in self.called
+            if child in (call.module, *wrappers) or id(child) not in self.called
         ]
         module = next((child for child in bypassed if id(child) in self.broken), None)
         kind, parameter = ("forward", "") if module is None else ("weights", self.broken[id(module)][0])
@@ -306,7 +325,7 @@ class _Trace:
         seen = f"{where}: {broken_values(tensor)}, {_dtype(tensor)}{list(tensor.shape)}"
         own = dict(module.named_parameters(recurse=False))
         self.forward = Origin(
-            kind, self._name(module), type(module).__name__, seen, _dtype(tensor), largest_finite(inputs),
+            kind, self.names.module(module), type(module).__name__, seen, _dtype(tensor), largest_finite(inputs),
             _share(tensor), largest_finite(own), self._in_float32(module, call, tensor), parameter=parameter,
             samples=self._rows(tensor), broken=self._all_broken(),
         )  # fmt: skip
@@ -367,7 +386,7 @@ class _Trace:
         module, parameter = self._owner(node)
         self.backward_at = min(node._sequence_nr(), self._now())
         self.backward = Origin(
-            "gradient", "the loss" if module is None else self._name(module),
+            "gradient", "the loss" if module is None else self.names.module(module),
             "" if module is None else type(module).__name__,
             f"{where}: {broken_values(tensor)}, {_dtype(tensor)}{list(tensor.shape)}", _dtype(tensor),
             largest_finite(grad_outputs), _share(tensor),
@@ -394,16 +413,18 @@ class _Trace:
 
     def _owner_of_parameter(self, parameter: Tensor) -> tuple[nn.Module | None, str]:
         module, name = self.owner.get(id(parameter), (None, ""))
-        return module, "" if module is None else self._tensor_name(module, name)
+        return module, "" if module is None else self.names.tensor(module, name)
 
     # ---- words
 
     def verdict(self, loss: Tensor | None, failure: Exception | None) -> Origin | None:
         """What the trace says, once the run is over."""
+        if failure is not None and self.forward is None and self.calls and self.calls[-1].came_bad:
+            self._blame_inputs(self.calls[-1])  # it refuses what came with the batch
         if failure is not None and self.forward is None:
             running = self.calls[-1].module if self.calls else self.module
             return Origin(
-                "exception", self._name(running), type(running).__name__, " ".join(str(failure).split())[:300],
+                "exception", self.names.module(running), type(running).__name__, " ".join(str(failure).split())[:300],
                 broken=self._all_broken(),
             )  # fmt: skip
         if failure is not None:
@@ -427,13 +448,6 @@ class _Trace:
             f"the gradient of {wrong[0]} left its range while micro-batches were added up", parameter=wrong[0],
             broken=self._all_broken(),
         )  # fmt: skip
-
-    def _name(self, module: nn.Module) -> str:
-        return self.names.get(id(module)) or type(module).__name__
-
-    def _tensor_name(self, module: nn.Module, name: str) -> str:
-        prefix = self.names.get(id(module), "")
-        return f"{prefix}.{name}" if prefix else name
 
     def _all_broken(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for names in self.broken.values() for name in names))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlmtune.models.batchnorm import keeps_statistics
 from vlmtune.types import Batch, VlmtuneError, supervised_mask, token_weights
 
 
@@ -88,6 +89,8 @@ def set_training_mode(model: nn.Module) -> None:
     trains = {id(module) for module in model.modules() if any(p.requires_grad for p in module.parameters())}
     for module in model.modules():
         if id(module) not in trains and any(True for _ in module.parameters()):
+            module.eval()
+        if keeps_statistics(module):
             module.eval()
     for module in model.modules():
         # its own flag decides whether a layer recomputes: gradients also flow through a frozen language model

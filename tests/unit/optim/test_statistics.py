@@ -51,7 +51,7 @@ def test_the_first_update_of_adamw_is_its_learning_rate():
 
 
 def test_a_large_parameter_is_sampled():
-    """Four times as many numbers as the sample: weight and update within 5 % (4096 of them: 1 / sqrt(2 * 4096) = 1 %)."""
+    """Four times as many numbers as the sample: weight and update within 5 % (1 / sqrt(2 * 4096) is 1 %)."""
     rows, named, before = measured(lambda p: torch.optim.SGD(p, lr=LR), {"large": (128, 4 * SAMPLED // 128)})
     update = (named["large"].detach() - before["large"]).square().mean().sqrt()
     assert rows["large"].update == pytest.approx(float(update), rel=0.05)
