@@ -39,14 +39,20 @@ def train(
         bool, typer.Option("--restart", help="delete the run folder first instead of continuing")
     ] = False,
 ) -> None:
-    """Train, or continue a run that was interrupted."""
-    from vlmtune.config import load_config
+    """Train, or continue a run that was interrupted; of a chain of stages, all of them."""
+    from vlmtune.config import Chain, load_config, load_run_config
 
-    wish = load_config(config, overrides or [])  # a wrong config is refused before the heavy imports
+    picks = any(override.startswith("stage=") for override in overrides or [])
+    load = load_config if picks else load_run_config
+    wish = load(config, overrides or [])  # a wrong config is refused before the heavy imports
     from vlmtune.run import train as run
+    from vlmtune.stages import train_chain
 
     with StopRequest().listening() as stop:
-        run(wish, console, restart, stop=stop)
+        if isinstance(wish, Chain):
+            train_chain(wish, console, restart, stop)
+        else:
+            run(wish, console, restart, stop=stop)
 
 
 @app.command("eval")

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from vlmtune.adapt.plan import Plan, apply_plan
 from vlmtune.build import best_device, build_encoder, build_train, load_base
-from vlmtune.build_course import policies
+from vlmtune.build_course import apply_formats, build_tower, policies
 from vlmtune.build_loss import build_objective
 from vlmtune.checkpoint import load_weights
 from vlmtune.config import Config, load_config
 from vlmtune.data.encode import Encoder
-from vlmtune.failure import Diagnosis, Failure, diagnose, json_values, load_failure
+from vlmtune.failure import Diagnosis, Failure, diagnose, embedding_rows, json_values, load_failure
 from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
@@ -105,8 +105,8 @@ def replay(run: Path, failure: Failure) -> Replay:
     weights = objective.weights(failure.micro_batches, record["progress"])
     now = diagnose(
         model, module, failure.micro_batches, weights, record["precision"], record["scale"], failure.rng,
-        record["norm_history"], record["loss_history"], record["lr"], model.get_input_embeddings().num_embeddings,
-        encoder,
+        record["norm_history"], record["loss_history"], record["lr"], embedding_rows(model), encoder,
+        build_tower(model, config),
     )  # fmt: skip
     return Replay(failure, now)
 
@@ -125,6 +125,7 @@ def _rebuilt(config: Config, checkpoint: Path) -> tuple[torch.nn.Module, Plan, E
     if config.train.gradient_checkpointing:
         checkpoint_activations(base.model)
     place(base.model, best_device())
+    apply_formats(base.model, plan, config)
     return base.model, plan, encoder, objective
 
 

@@ -18,7 +18,8 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from vlmtune.checks.examine import Picture, examine_inputs, pictures_of
 from vlmtune.checks.nonfinite import Origin, first_nonfinite
 from vlmtune.data.encode import Encoder
 from vlmtune.losses.objective import StepWeights
+from vlmtune.models.batchnorm import SharedTower
 from vlmtune.optim.clip import gradient_norms
 from vlmtune.optim.precision import autocast
 from vlmtune.trainer import TrainingModule
@@ -53,8 +55,9 @@ MAGENTA = (255, 0, 255)
 class Diagnosis:
     """What the rerun of a failed step showed.
 
-    origin: the first that is not finite (None: the rerun was finite); micro_batch: its place in the step; samples: ids
-    of that micro-batch; causes: the most probable first; examined: what was looked at, "pass" where it is ruled out.
+    origin: the first that is not finite (None: the rerun was finite); micro_batch: its place in the step (None: there
+    is none, or all of them ran together); samples: ids of that micro-batch; causes: the most probable first; examined:
+    what was looked at, "pass" where it is ruled out.
     """
 
     origin: Origin | None
@@ -107,13 +110,14 @@ def diagnose(
     lr: Mapping[str, float],
     vocabulary_size: int,
     encoder: Encoder | None = None,
+    tower: SharedTower | None = None,
 ) -> Diagnosis:
     """Run the micro-batches of a step again, watched, until something is not finite; say where it began, and why.
 
     module: holds `model`; scale: of the loss; rng: `checkpoint.rng_state()` before the first forward of the step;
     norm_history, loss_history: of the steps before, oldest first (rule -> norm, with "total"); lr: rule -> learning
-    rate; vocabulary_size: rows of the embedding; encoder: knows placeholders and colours of images (None: images are
-    compared with nothing).
+    rate; vocabulary_size: `embedding_rows`; encoder: knows placeholders and colours of images (None: images are
+    compared with nothing); tower: where it runs over all images of the step at once.
 
     Afterwards parameters, buffers, random state and what the objective gathers are as before, and gradients are None.
     """
@@ -131,7 +135,9 @@ def diagnose(
     before = rng_state()
     try:
         restore_rng(rng)
-        origin, number, without_scale = _rerun(model, watched, micro_batches, weights, precision, scale)
+        step = _Step(watched, [batch.to(model.device) for batch in micro_batches], weights, precision, tower)
+        step.forget_gradients()
+        origin, number, without_scale = _rerun(model, step, scale, vocabulary_size)
     finally:
         with torch.no_grad():
             for buffer, value in buffers:
@@ -144,60 +150,86 @@ def diagnose(
     return Diagnosis(origin, number, samples, causes, examined)
 
 
+def embedding_rows(model: torch.nn.Module) -> int:
+    """Rows of the embedding, those of new tokens included."""
+    table = model.get_input_embeddings()
+    return len(getattr(table, "base_layer", table).weight)
+
+
 def _rerun(
-    model: torch.nn.Module,
-    module: TrainingModule,
-    micro_batches: Sequence[Batch],
-    weights: StepWeights,
-    precision: str,
-    scale: float,
+    model: torch.nn.Module, step: _Step, scale: float, vocabulary_size: int
 ) -> tuple[Origin | None, int | None, bool | None]:
     """(origin, number of the micro-batch, whether it is finite with a scale of 1; None: not tried)."""
-    for parameter in module.parameters():
-        parameter.grad = None
-    for number, batch in enumerate(micro_batches):
-        if (origin := _without_a_row(model, batch)) is not None:
-            return origin, number, None
+    for number, run in step.runs():
+        wrong = [_without_a_row(model, batch, vocabulary_size) for batch in step.batches_of(number)]
+        if any(wrong):
+            return next(filter(None, wrong)), number, None
         at_start = rng_state()
-        step = _Step(module, batch.to(model.device), weights, precision)
-        origin = first_nonfinite(module, lambda: step.run(scale), model)  # noqa: B023  it runs before the next turn
+        origin = first_nonfinite(step.module, partial(run, scale), model)
         if origin is None:
             continue
         without_scale = None
-        if scale != 1.0 and origin.kind in ("gradient", "sum", "loss"):
-            for parameter in module.parameters():
-                parameter.grad = None
+        if scale > 1 and origin.kind in ("gradient", "sum", "loss"):
+            step.forget_gradients()
             restore_rng(at_start)
-            without_scale = first_nonfinite(module, lambda: step.run(1.0), model) is None  # noqa: B023
+            without_scale = first_nonfinite(step.module, partial(run, 1.0), model) is None
         return origin, number, without_scale
-    return _too_large(module), None, None
+    return _too_large(step.module), None, None
 
 
-def _without_a_row(model: torch.nn.Module, batch: Batch) -> Origin | None:
+def _without_a_row(model: torch.nn.Module, batch: Batch, vocabulary_size: int) -> Origin | None:
     """Ids that the embedding has no row for. Told without running: on a GPU nothing runs any more after it."""
-    table = model.get_input_embeddings()
     ids = batch.inputs["input_ids"]
-    wrong = ids[(ids < 0) | (ids >= table.num_embeddings)]
+    wrong = ids[(ids < 0) | (ids >= vocabulary_size)]
     if not wrong.numel():
         return None
-    detail = f"{wrong.numel()} ids, the first {int(wrong[0])}, have no row in a table of {table.num_embeddings}"
-    return Origin("exception", "embed", type(table).__name__, detail)
+    layer = type(model.get_input_embeddings()).__name__
+    detail = f"{wrong.numel()} ids, the first {int(wrong[0])}, have no row in a table of {vocabulary_size}"
+    return Origin("exception", "embed", layer, detail)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Forward and backward of one micro-batch, as the trainer does them."""
+    """Forward and backward of the micro-batches of a step, as the trainer does them."""
 
     module: TrainingModule
-    batch: Batch
+    batches: Sequence[Batch]
     weights: StepWeights
     precision: str
+    tower: SharedTower | None
 
-    def run(self, scale: float) -> Tensor:
-        with autocast(self.precision, self.batch.kinds.device):
-            total = self.module(self.batch, self.weights).total
-        (total * scale).backward()
+    def runs(self) -> list[tuple[int | None, Callable[[float], Tensor]]]:
+        """(number, scale -> loss) of what can be run by itself: a micro-batch, or (None) all of them, where the tower
+        sees all images at once."""
+        if self.tower is not None:
+            return [(None, self._all)]
+        return [(number, partial(self._one, number)) for number in range(len(self.batches))]
+
+    def batches_of(self, number: int | None) -> Sequence[Batch]:
+        return self.batches if number is None else [self.batches[number]]
+
+    def forget_gradients(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def _all(self, scale: float) -> Tensor:
+        with autocast(self.precision, self._device):
+            self.tower.begin(self.batches)
+        total = torch.stack([self._one(number, scale) for number in range(len(self.batches))]).sum()
+        self.tower.finish()
+        return total
+
+    def _one(self, number: int, scale: float) -> Tensor:
+        batch = self.batches[number] if self.tower is None else self.tower.inputs(number, self.batches[number])
+        with autocast(self.precision, self._device):
+            total = self.module(batch, self.weights).total
+        if total.requires_grad:  # text alone reaches nothing where only vision and projector train
+            (total * scale).backward()
         return total.detach()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.batches[0].kinds.device
 
 
 def _too_large(module: TrainingModule) -> Origin | None:
@@ -219,13 +251,14 @@ def _too_large(module: TrainingModule) -> Origin | None:
 
 
 def _merged(of_batches: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """All that is wrong, then what is right in every micro-batch, with its evidence in the first."""
+    """All that is wrong, then what is right in every micro-batch, with the evidence of the first that has any."""
     everything = [finding for findings in of_batches for finding in findings]
     wrong = [finding for level in ("fail", "warn") for finding in everything if finding.level == level]
     right: dict[str, Finding] = {}
     for finding in everything:
         if finding.level == "pass" and finding.what not in {other.what for other in wrong}:
-            right.setdefault(finding.what, finding)
+            of = f"{finding.evidence} (first of {len(of_batches)} micro-batches)"
+            right.setdefault(finding.what, finding if len(of_batches) == 1 else replace(finding, evidence=of))
     return [*wrong, *right.values()]
 
 

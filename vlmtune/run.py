@@ -61,6 +61,7 @@ from vlmtune.checkpoint import (
     set_aside,
 )
 from vlmtune.checks.before import batchnorm_findings
+from vlmtune.composition import composition, composition_table
 from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
@@ -81,7 +82,7 @@ from vlmtune.observe.token_view import write_token_view
 from vlmtune.observer import Observer
 from vlmtune.optim.optimizer import usable_here
 from vlmtune.optim.precision import resolve_precision
-from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
+from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise, write_text
 from vlmtune.paths import require_folder
 from vlmtune.probe import SAMPLES, Probe, require_same_losses
 from vlmtune.recovery import NonFinite
@@ -148,7 +149,11 @@ def train(
     open_folder(config, made, checkpoint, restart, device)
     describe_start(made.model, made.plan, made.findings, console)
     sources, steps, settings = made.sources, made.steps, made.settings
-    console.print(loss_table(made.objective, [made.encoder.encode(sources[s][row]) for s, row in loss_samples(steps)]))
+    some = [(source, made.encoder.encode(sources[source][row])) for source, row in loss_samples(steps)]
+    rows = composition(steps, sources, some)
+    write_text(folder / "composition.json", json.dumps(rows, indent=1))
+    console.print(composition_table(rows))
+    console.print(loss_table(made.objective, [sample for _, sample in some]))
     for line in describe_phases(made.predictions, settings):
         console.print(line, highlight=False, markup=False)
     scaling = lr_scaling(config)
@@ -438,13 +443,6 @@ class PageWriter(Observer):
 
     def on_finding(self, state, finding: Finding) -> None:
         write_page(self.folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 def environment(precision: str, device: torch.device) -> dict:

@@ -56,6 +56,7 @@ def load_run(run: Path, checkpoint: str, as_stored: bool = True) -> Loaded:
 
     as_stored: base weights in the formats of the plan, as in training; False: all of them in float32.
     """
+    run = last_stage(run)
     if not (run / "config.yaml").is_file():
         raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
     config = load_config(str(run / "config.yaml"))
@@ -76,7 +77,19 @@ def load_run(run: Path, checkpoint: str, as_stored: bool = True) -> Loaded:
     return Loaded(base.model.eval(), encoder, config, base.path, plan, precision)
 
 
+def last_stage(run: Path) -> Path:
+    """The run folder itself; of a chain of stages that of the last one with a checkpoint."""
+    if not (run / "stages.json").is_file():
+        return run
+    stages = [run / stage["folder"] for stage in json.loads((run / "stages.json").read_text())]
+    begun = [stage for stage in stages if checkpoints(stage / "checkpoints")]
+    if not begun:
+        raise VlmtuneError(f"{run}: no stage of this chain has a checkpoint yet; train it first.")
+    return begun[-1]
+
+
 def find_checkpoint(run: Path, name: str) -> Path:
+    run = last_stage(run)
     folder = run / "checkpoints" / name
     if not (folder / "state.json").is_file():
         links = [link for link in ("latest", "best") if (run / "checkpoints" / link).exists()]

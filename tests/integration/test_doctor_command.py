@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import PLAN
 from safetensors.torch import load_file, save_file
 
 from vlmtune.config import load_config
@@ -26,8 +27,6 @@ def exploded(tiny_folder, rows, tmp_path_factory) -> Path:
     """The folder of a run whose second step is not finite. LoRA with dropout: the replay needs the same random
     numbers."""
     import sys
-
-    from conftest import PLAN
 
     from vlmtune import cli
 
@@ -132,10 +131,12 @@ def test_a_base_model_that_is_mended(write_config, tiny_folder, tmp_path, vlmtun
     assert "the same step is finite here" in out and "cause 1: not reproduced" in out
 
 
-def test_float16_with_a_module_that_overflows(write_config, vlmtune):
-    """Whole path: scale, autocast and checkpoint are those of the run."""
+@pytest.mark.parametrize("compute, where", [("auto", "projector."), ("fp32", "language.")])
+def test_float16_with_a_module_that_overflows(write_config, vlmtune, compute, where):
+    """Whole path: scale, autocast, float32 islands and checkpoint are those of the run."""
+    plan = [rule | ({"compute": compute} if rule["match"] == "projector" else {}) for rule in PLAN]
     config = write_config(
-        "half", 3, optim={"lr": 1e3, "warmup": 0},
+        "half", 3, optim={"lr": 1e3, "warmup": 0}, plan=plan,
         train={"length": 3, "batch_size": 4, "micro_batch_size": 2, "precision": "fp16", "log_every": 1},
     )  # fmt: skip
     code, _, err = vlmtune("train", config)
@@ -144,4 +145,5 @@ def test_float16_with_a_module_that_overflows(write_config, vlmtune):
     found = json.loads(out)
     assert code == 1 and found["precision"] == "fp16" and found["scale"] > 1
     assert found["now"]["origin"] == found["then"]["origin"] and found["now"]["origin"]["dtype"] == "float16"
+    assert found["now"]["origin"]["module"].startswith(where)
     assert any(cause["what"].startswith("float16 overflow in") for cause in found["now"]["causes"])

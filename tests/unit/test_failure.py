@@ -11,21 +11,31 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from training_setup import encode_all, encoder_of, full_rules, lora_rules, micro_batches, write_boxes, write_data
+from training_setup import (
+    encode_all,
+    encoder_of,
+    extend,
+    full_rules,
+    lora_rules,
+    micro_batches,
+    write_boxes,
+    write_data,
+)
 
-from vlmtune.adapt.plan import apply_plan
+from vlmtune.adapt.plan import Policy, apply_plan
 from vlmtune.build_loss import last_shared_block
 from vlmtune.checkpoint import restore_rng, rng_state
 from vlmtune.checks.examine import Picture, pictures_of
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
-from vlmtune.failure import Diagnosis, diagnose, draw, failure_name, load_failure, save_failure
+from vlmtune.failure import Diagnosis, diagnose, draw, embedding_rows, failure_name, load_failure, save_failure
 from vlmtune.losses.balance import GradNorm, InitialLosses
 from vlmtune.losses.exposure import Exposure
 from vlmtune.losses.objective import Objective
 from vlmtune.losses.referring import HeadBoxLoss
-from vlmtune.models.load import load_model, load_processor
+from vlmtune.models.batchnorm import SharedTower
+from vlmtune.models.load import load_processor
 from vlmtune.models.readouts import attach_readouts
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.trainer import TrainingModule
@@ -53,23 +63,27 @@ def step(encoder, tmp_path_factory) -> list[Batch]:
 class Setting:
     """A training module on tiny llava, and a diagnosis of a step with it."""
 
-    def __init__(self, folder: Path, encoder: Encoder, step: list[Batch], plan: str = "full", objective=None, heads=()):
+    def __init__(
+        self, folder: Path, encoder: Encoder, step: list[Batch], plan="full", objective=None, heads=(), new=()
+    ):
         torch.manual_seed(0)
-        self.model = load_model(str(folder))
+        self.model, _, tokens = extend(folder, new, "norm1000")
         if heads:
             attach_readouts(self.model, heads, 0)
         rules = full_rules(self.model) if plan == "full" else lora_rules(self.model, dropout=0.5)
-        self.plan = apply_plan(self.model, rules, str(folder), seed=0)
+        if new:
+            rules = [(part, Policy("new_rows", lr=1e-3) if part in ("embed", "lm_head") else p) for part, p in rules]
+        self.plan = apply_plan(self.model, rules, str(folder), 0, tokens)
         set_training_mode(self.model)
         self.module = TrainingModule(VLM(self.model), objective(self.plan) if objective else Objective())
-        self.encoder, self.step = encoder, step
+        self.encoder, self.step, self.tower = encoder, step, None
 
     def diagnose(self, precision: str = "fp32", scale: float = 1.0, rng: dict | None = None, **more) -> Diagnosis:
         weights = self.module.objective.weights(self.step)
-        told = {"norm_history": [], "loss_history": [], "lr": {}} | more
+        told = {"norm_history": [], "loss_history": [], "lr": {}, "tower": self.tower} | more
         return diagnose(
             self.model, self.module, self.step, weights, precision, scale, rng or rng_state(), **told,
-            vocabulary_size=self.model.get_input_embeddings().num_embeddings, encoder=self.encoder,
+            vocabulary_size=embedding_rows(self.model), encoder=self.encoder,
         )  # fmt: skip
 
 
@@ -202,6 +216,65 @@ def test_statistics_of_a_tower_that_trains_are_put_back(embedded_folder, tmp_pat
     before = {name: buffer.clone() for name, buffer in setting.model.named_buffers()}
     assert setting.diagnose().origin.kind == "inputs"
     assert all(torch.equal(buffer, before[name]) for name, buffer in setting.model.named_buffers())
+
+
+def test_a_tower_that_sees_all_images_of_the_step(embedded_folder, tmp_path):
+    """batchnorm: sync: the rerun is of the whole step, forward, backward and the tower's own backward at the end."""
+    encoder = Encoder(load_processor(str(embedded_folder)), coordinates("bins"))
+    encoded = encode_all(encoder, write_data(tmp_path, 3))
+    setting = Setting(embedded_folder, encoder, micro_batches(encoder, encoded, 1))
+    setting.tower = SharedTower(setting.model)
+    before = {name: buffer.clone() for name, buffer in setting.model.named_buffers()}
+    assert setting.diagnose().origin is None
+    block = setting.model.model.vision_tower.blocks[2]
+    forward = block.forward
+    block.forward = lambda x: Bad.apply(forward(x))
+    found = setting.diagnose().origin
+    assert (found.kind, found.module, found.operation) == ("gradient", "vision.layers.2", "BadBackward")
+    del block.forward
+    block.project_norm.weight.data[0] = float("inf")
+    assert setting.diagnose().origin.parameter == "vision.layers.2.project_norm.weight"
+    block.project_norm.weight.data[0] = 1.0
+    setting.step[1].inputs["pixel_values"].view(-1)[9] = float("nan")
+    found = setting.diagnose()
+    assert (found.origin.kind, found.origin.module) == ("inputs", "vision.stem") and found.micro_batch is None
+    assert found.causes[0].evidence.startswith("image 1 of sample s1: ")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in setting.model.named_buffers())
+
+
+class Bad(torch.autograd.Function):
+    """Finite forward, NaN backward."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+def test_text_alone_where_only_the_tower_trains(tiny_folder, encoder):
+    """Its loss reaches nothing that trains: no backward, and no fault."""
+    sample = Sample("t", (Turn("user", (Text("how many"),)), Turn("assistant", (Text("two"),))))
+    setting = Setting(tiny_folder("llava"), encoder, [collate([encoder.encode(sample)], encoder.pad_token_id)])
+    for name, parameter in setting.plan.parameters.items():
+        parameter.requires_grad_(name.startswith("vision"))
+    assert setting.diagnose().origin is None
+
+
+@pytest.mark.parametrize("part", ["embed", "lm_head"])
+def test_new_rows(tiny_folder, step, encoder, part):
+    """An embedding in a wrapper: its rows are counted, and its parts are named."""
+    setting = Setting(tiny_folder("llava"), encoder, [clone(batch) for batch in step], new=["<red>", "<blue>"])
+    first = next(n for n in sorted(setting.plan.parameters) if n.startswith(part))
+    assert first == f"{part}.new_rows.weight"
+    assert embedding_rows(setting.model) == setting.plan.new_tokens.first + 2
+    setting.step[0].inputs["input_ids"][0, 1] = setting.plan.new_tokens.first + 1  # a token that has such a row
+    assert setting.diagnose().origin is None
+    setting.plan.parameters[first].data[1, 0] = float("nan")
+    found = setting.diagnose().origin
+    assert (found.kind, found.module, found.parameter) == ("weights", f"{part}.new_rows", first)
 
 
 @pytest.mark.parametrize("with_boxes", [True, False])

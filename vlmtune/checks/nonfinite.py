@@ -63,10 +63,6 @@ class Origin:
     samples: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
 
-    @property
-    def in_forward(self) -> bool:
-        return self.kind not in ("gradient", "sum")
-
     def sentence(self) -> str:
         """One clause for people, without a full stop."""
         of = f"{self.module} ({self.layer})" if self.layer else self.module

@@ -6,16 +6,17 @@ import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from vlmtune.config.course import Checkpoint, Evaluate, Optim, Stability, Train
 from vlmtune.config.data import Data, Negatives, Sampling, Source
 from vlmtune.config.learning_rate import LrSegment
 from vlmtune.config.loss import Balance, BoxTerm, ExposureTerm, Loss, ReferringTerm
 from vlmtune.config.plan import Quantise, Rule
+from vlmtune.config.stages import EXPORTED, Chain, Stage, stage_folder
 from vlmtune.config.whole import Config
 from vlmtune.errors import VlmtuneError
 
@@ -56,10 +57,26 @@ def recipe_names() -> list[str]:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file or a shipped recipe by name and apply `key=value` overrides.
+    """Read a YAML file or a shipped recipe by name and apply `key=value` overrides; of a chain, `stage=NAME` picks one.
 
     Raises VlmtuneError listing every complaint at once.
     """
+    picked = [override.partition("=")[2] for override in overrides if override.startswith("stage=")]
+    found = load_run_config(name, [override for override in overrides if not override.startswith("stage=")])
+    if isinstance(found, Config):
+        if picked:
+            raise VlmtuneError(f"{name} has no stages; leave out stage={picked[-1]}.")
+        return found
+    names = ", ".join(found.stages)
+    if not picked:
+        raise VlmtuneError(f"{name} is a chain of stages ({names}); pick one: stage={next(iter(found.stages))}.")
+    if picked[-1] not in found.stages:
+        raise VlmtuneError(f"{name} has no stage {picked[-1]!r}; its stages are {names}.")
+    return found.stages[picked[-1]]
+
+
+def load_run_config(name: str, overrides: Sequence[str] = ()) -> Config | Chain:
+    """As `load_config`, for what can run all stages of a chain."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -82,7 +99,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise VlmtuneError(f"{where}: a config is a mapping with the keys {', '.join(Config.model_fields)}.")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, where)
+    return parse_chain(tree, where) if "stages" in tree else parse_config(tree, where)
 
 
 def parse_config(tree: dict, where: str = "config") -> Config:
@@ -91,6 +108,29 @@ def parse_config(tree: dict, where: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise VlmtuneError(f"{where}: " + "; ".join(_complaint(e) for e in error.errors()) + ".") from error
+
+
+def parse_chain(tree: dict, where: str = "config") -> Chain:
+    """Validate a tree with stages. Raises VlmtuneError naming the stage and every wrong key and value."""
+    top = {key: value for key, value in tree.items() if key != "stages"}
+    try:
+        stages = TypeAdapter(Annotated[list[Stage], Field(min_length=2)]).validate_python(tree["stages"])
+    except ValidationError as error:
+        found = [e | {"loc": ("stages", *e["loc"])} for e in error.errors()]
+        raise VlmtuneError(f"{where}: " + "; ".join(_complaint(e) for e in found) + ".") from error
+    names = [stage.name for stage in stages]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise VlmtuneError(f"{where}: two stages are called {twice[0]!r}; give each a name of its own.")
+    run = top.get("run", Config.model_fields["run"].default)
+    configs: dict[str, Config] = {}
+    model = top.get("model")
+    for number, stage in enumerate(stages, 1):
+        folder = stage_folder(run, number, stage.name)
+        whole = stage.over(top) | {"run": folder} | ({} if model is None else {"model": model})
+        configs[stage.name] = parse_config(whole, f"{where}, stage {stage.name}")
+        model = f"{folder}/{EXPORTED}"
+    return Chain(run, configs)
 
 
 def _complaint(error: Any) -> str:
@@ -112,7 +152,7 @@ def _fields_at(location: tuple) -> list[str]:
     places: dict[tuple, type[BaseModel]] = {
         (): Config, ("data",): Data, ("plan",): Rule, ("optim",): Optim, ("train",): Train,
         ("quantise",): Quantise, ("stability",): Stability, ("optim", "schedule"): LrSegment,
-        ("plan", "schedule"): LrSegment, ("checkpoint",): Checkpoint, ("evaluate",): Evaluate,
+        ("plan", "schedule"): LrSegment, ("stages",): Stage, ("checkpoint",): Checkpoint, ("evaluate",): Evaluate,
         ("data", "train"): Source, ("data", "eval"): Source,
         ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
         ("data", "train", "negatives"): Negatives,

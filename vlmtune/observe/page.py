@@ -6,8 +6,10 @@ Read from the run folder, all of them optional, so that a run in progress or a b
 | --- | --- |
 | config.yaml, environment.json | shown as they are |
 | assignment.json | list of {part, rule, method, tensors, parameters, trainable, lr, weight_decay, examples} |
-| history.jsonl | one object per line, kind "train" or "eval"; of a repeated step (after a resume) the last one counts |
+| history.jsonl | one object per line, kind "train", "eval" or "finding"; of a repeated step the last one counts |
 | summary.json | {metrics: {"group/task": {metric: {before, after}}}, train_seconds, steps, samples_per_second, …} |
+| composition.json | list of {source, tasks, rows, samples, share, epochs, tokens, …} |
+| stages.json | of a chain: list of {name, folder, first_step, steps, status, metrics} |
 | samples.json | list of {image, group, task, question, reference, before, after, boxes_…, width, height} |
 
 Whatever these say is data: jinja2 escapes it, and the page's content security policy forbids scripts and requests.
@@ -63,6 +65,7 @@ class Chart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
+    marks: list[Tick]
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def write_page(run_folder: Path) -> Path:
     summary = _json(run_folder / "summary.json") or {}
     train = [entry for entry in history if entry.get("kind") == "train"]
     evals = [entry for entry in history if entry.get("kind") == "eval"]
+    stages = _json(run_folder / "stages.json") or []
+    marks = [(stage.get("first_step", 0) + 1, stage["name"]) for stage in stages if stage.get("steps")]
     pictures = [_picture(sample, run_folder) for sample in _json(run_folder / "samples.json") or []]
     page = render_html(
         "page.html.jinja",
@@ -122,8 +127,12 @@ def write_page(run_folder: Path) -> Path:
         finished=bool(summary),
         facts=_facts(summary, train),
         scores=_scores(summary.get("metrics") or {}),
-        training_charts=_training_charts(train),
-        evaluation_charts=_evaluation_charts(evals),
+        training_charts=_training_charts(train, marks),
+        evaluation_charts=_evaluation_charts(evals, marks),
+        stages=stages,
+        stage_scores=_stage_scores(stages),
+        findings=[entry for entry in history if entry.get("kind") == "finding"],
+        composition=_json(run_folder / "composition.json") or [],
         averaged=math.ceil(len(train) / POINTS_PER_LINE),
         assignment=_json(run_folder / "assignment.json") or [],
         pictures=pictures,
@@ -152,9 +161,15 @@ def write_html(path: Path, html: str) -> Path:
 
 
 def draw_chart(
-    title: str, unit: str, series: dict[str, Sequence[tuple[float, float | None]]], scores: bool = False
+    title: str,
+    unit: str,
+    series: dict[str, Sequence[tuple[float, float | None]]],
+    scores: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> Chart | None:
     """Lines of (step, value) points on shared axes; None when no series has a finite value.
+
+    marks: (step, name) of what begins there, drawn upright.
 
     Missing and non-finite values are gaps. The y axis starts at 0 unless that would flatten the lines; of `scores` that
     lie between 0 and 1 it is all of 0 to 1, so that charts can be compared.
@@ -189,7 +204,8 @@ def draw_chart(
     x_values = [x for x in _nice_ticks(x_low, x_high) if x_low <= x <= x_high and x == int(x)] or [x_low]
     x_ticks = [Tick(place(x, y_low)[0], number_text(x)) for x in x_values]
     y_ticks = [Tick(place(x_low, y)[1], number_text(y)) for y in y_values]
-    return Chart(title, unit, x_ticks, y_ticks, lines)
+    upright = [Tick(place(x, y_low)[0], name) for x, name in marks if x_low <= x <= x_high]
+    return Chart(title, unit, x_ticks, y_ticks, lines, upright)
 
 
 def number_text(value: float) -> str:
@@ -244,10 +260,33 @@ def _history(path: Path) -> tuple[list[dict], int]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            entries[entry["kind"], entry["step"]] = entry
+            entries[_place(entry)] = entry
         except (ValueError, KeyError, TypeError):
             unreadable += bool(line.strip())
     return sorted(entries.values(), key=lambda entry: entry["step"]), unreadable
+
+
+def _place(entry: dict) -> tuple:
+    """What two records of one thing have in common; a step may have several findings, and a chain several stages."""
+    several = (entry["what"], entry["evidence"]) if entry["kind"] == "finding" else ()
+    return entry["kind"], entry.get("stage"), entry["step"], *several
+
+
+def _stage_scores(stages: list[dict]) -> list[tuple[str, str, str, list[str]]]:
+    """(group, task, metric, values before the first stage and after each) of a chain; "–" for what was not measured."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for stage in stages:
+        for place, values in (stage.get("metrics") or {}).items():
+            for metric in values:
+                places.setdefault((place, metric), [])
+    rows = []
+    for place, metric in sorted(places):
+        pairs = [(stage.get("metrics") or {}).get(place, {}).get(metric, {}) for stage in stages]
+        first = next((pair["before"] for pair in pairs if pair.get("before") is not None), None)
+        shown = ["–" if value is None else f"{value:.3f}" for value in (first, *(pair.get("after") for pair in pairs))]
+        group, _, task = place.partition("/")
+        rows.append((group, task, metric, shown))
+    return rows
 
 
 def _facts(summary: dict, train: list[dict]) -> list[tuple[str, str]]:
@@ -300,7 +339,7 @@ def _score(group: str, task: str, metric: str, before: float | None, after: floa
     return Score(group, task, metric, *shown, change, verdict, *at)
 
 
-def _training_charts(train: list[dict]) -> list[Chart]:
+def _training_charts(train: list[dict], marks: Sequence[tuple[float, str]]) -> list[Chart]:
     def one(key: str) -> dict[str, list]:
         return {key: [(entry["step"], entry.get(key)) for entry in train]}
 
@@ -312,17 +351,20 @@ def _training_charts(train: list[dict]) -> list[Chart]:
             for label in labels
         }
 
-    charts = [
-        draw_chart("Training loss", "per supervised token", one("loss")),
-        draw_chart("Loss by task", "per supervised token", several("loss_by_task")),
-        draw_chart("Further losses", "means, weighted", several("loss_terms")),
-        draw_chart("Weight of tasks", "what their mean losses are multiplied with", several("task_weights")),
-        draw_chart("Share of tasks", "of the samples drawn", several("task_shares")),
-        draw_chart("Exposure", "probability per token", one("exposure") if _is_used(train, "exposure") else {}),
-        draw_chart("Learning rate", "by rule", several("lr")),
-        draw_chart("Gradient norm", "before clipping", one("norm")),
-        draw_chart("Speed", "tokens per second", one("tokens_per_second")),
+    wanted = [
+        ("Training loss", "per supervised token", one("loss")),
+        ("Loss by task", "per supervised token", several("loss_by_task")),
+        ("Further losses", "means, weighted", several("loss_terms")),
+        ("Weight of tasks", "what their mean losses are multiplied with", several("task_weights")),
+        ("Share of tasks", "of the samples drawn", several("task_shares")),
+        ("Exposure", "probability per token", one("exposure") if _is_used(train, "exposure") else {}),
+        ("Learning rate", "by rule", several("lr")),
+        ("Gradient norm", "before clipping", one("norm")),
+        ("Gradient norm by rule", "before clipping", several("norm_by_rule")),
+        ("Loss scale", "of float16", one("loss_scale") if _moves(train, "loss_scale") else {}),
+        ("Speed", "tokens per second", one("tokens_per_second")),
     ]
+    charts = [draw_chart(title, unit, series, marks=marks) for title, unit, series in wanted]
     return [chart for chart in charts if chart]
 
 
@@ -330,7 +372,11 @@ def _is_used(train: list[dict], key: str) -> bool:
     return any(entry.get(key) for entry in train)
 
 
-def _evaluation_charts(evals: list[dict]) -> list[Chart]:
+def _moves(train: list[dict], key: str) -> bool:
+    return len({entry.get(key) for entry in train}) > 1
+
+
+def _evaluation_charts(evals: list[dict], marks: Sequence[tuple[float, str]]) -> list[Chart]:
     """One chart per task, so that groups (held-out, training) and metrics of a task are seen against each other."""
     tasks: dict[str, dict[str, list]] = {}
     losses: dict[str, list] = {}
@@ -341,8 +387,8 @@ def _evaluation_charts(evals: list[dict]) -> list[Chart]:
                 tasks.setdefault(task, {}).setdefault(f"{group} · {metric}", []).append((entry["step"], value))
         for label, value in (entry.get("loss") or {}).items():
             losses.setdefault(label, []).append((entry["step"], value))
-    charts = [draw_chart(task, "score", series, scores=True) for task, series in tasks.items()]
-    charts.append(draw_chart("Evaluation loss", "per supervised token", losses))
+    charts = [draw_chart(task, "score", series, scores=True, marks=marks) for task, series in tasks.items()]
+    charts.append(draw_chart("Evaluation loss", "per supervised token", losses, marks=marks))
     return [chart for chart in charts if chart]
 
 
