@@ -10,7 +10,17 @@ import pytest
 import yaml
 
 from vlmtune import cli
-from vlmtune.config import Config, differing_keys, dump_config, load_config, parse_config, recipe_names
+from vlmtune.config import (
+    Chain,
+    Config,
+    differing_keys,
+    dump_chain,
+    dump_config,
+    load_config,
+    load_run_config,
+    parse_config,
+    recipe_names,
+)
 from vlmtune.errors import VlmtuneError
 
 SMALL = {
@@ -189,10 +199,10 @@ def test_there_are_recipes_and_each_one_parses_and_round_trips(tmp_path):
     names = recipe_names()
     assert "embedded_base" in names
     for name in names:
-        config = load_config(name)
+        config = load_run_config(name)
         path = tmp_path / f"{name}.yaml"
-        path.write_text(dump_config(config), encoding="utf-8")
-        assert load_config(str(path)) == config
+        path.write_text(dump_chain(config) if isinstance(config, Chain) else dump_config(config), encoding="utf-8")
+        assert load_run_config(str(path)) == config
 
 
 def test_a_recipe_takes_overrides():

@@ -48,9 +48,14 @@ class GradientStatistics:
         self.named = named
 
     @torch.no_grad()
-    def begin(self) -> Begun:
-        """Measure the gradients and remember a sample of the weights; parameters without a gradient are left out."""
+    def begin(self) -> Begun | None:
+        """Measure the gradients and remember a sample of the weights; parameters without a gradient are left out.
+
+        None where no parameter has one (text alone, where only the vision tower trains).
+        """
         names = [name for name, parameter in self.named.items() if parameter.grad is not None]
+        if not names:
+            return None
         grads = [self.named[name].grad for name in names]
         return Begun(
             names,

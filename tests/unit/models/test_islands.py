@@ -5,6 +5,9 @@ Tiny sizes: float16 products are slow on CPUs.
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from training_setup import encode_all, encoder_of, lora_rules, micro_batches, snapshot, write_data
@@ -43,7 +46,7 @@ def overflowing(folder) -> torch.nn.Module:
     return model
 
 
-def covered(model, prefix: str) -> list[torch.nn.Parameter]:
+def covered(model, prefix: str | tuple[str, ...]) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in canonical_parameters(model).items() if name.startswith(prefix)]
 
 
@@ -57,6 +60,58 @@ def test_what_overflows_in_float16_is_right_on_an_island(tiny_folder, family, ba
     assert len(names) == 1 and names[0].endswith("layers.1"), "the whole layer, so that the product inside is covered"
     found = hidden(model, batch, "fp16")
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("prefixes", [("language.",), ("vision.", "projector."), ("",)])
+def test_every_layer_that_a_rule_covers_computes_in_float32(tiny_folder, family, batch, prefixes):
+    """A whole part, and the whole model: layers stand in lists, which are never called themselves. What is left to
+    bfloat16 is not covered. The head is not called at all: the loss reads its weights."""
+    model = load_model(str(tiny_folder(family))).eval()
+    parameters = covered(model, prefixes)
+    wanted, dtypes = {id(parameter) for parameter in parameters}, {}
+
+    def note(module, args, output):
+        dtypes[module] = output.dtype
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(note)
+    keep_float32(model, parameters)
+    hidden(model, batch, "bf16")
+    inside = {module for module in dtypes if id(module.weight) in wanted}
+    assert inside and {dtypes[module] for module in inside} == {torch.float32}
+    assert {dtypes[module] for module in set(dtypes) - inside} <= {torch.bfloat16}
+
+
+def test_a_copy_has_islands_of_its_own(tiny_folder, tmp_path):
+    """Deep copies and pickles compute with their own weights, not with those of the model they came from."""
+    model = load_model(str(tiny_folder("llava"))).eval()
+    keep_float32(model, covered(model, "projector"))
+    original = model.model.multi_modal_projector
+    features = torch.randn(3, original.linear_1.in_features)
+    expected = original(features)
+    for copied in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        assert torch.equal(copied(features), expected)
+        with torch.no_grad(), autocast("bf16", CPU):
+            assert copied(features).dtype == torch.float32
+            for parameter in copied.parameters():
+                parameter.zero_()
+            assert not copied(features).any()
+    assert torch.equal(original(features), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_generation_with_a_cache_is_that_of_float32(tiny_folder, family, batch):
+    """Everything an island, under bfloat16: the replies are those without autocast, token by token."""
+    model = load_model(str(tiny_folder(family))).eval()
+    row = {name: value for name, value in batch.inputs.items()}
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**row, **options, output_logits=True, return_dict_in_generate=True)
+    keep_float32(model, covered(model, ""))
+    with autocast("bf16", CPU):
+        found = model.generate(**row, **options, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(torch.equal(a.float(), b) for a, b in zip(found.logits, expected.logits, strict=True))
 
 
 def test_without_autocast_nothing_changes(tiny_folder, family, batch):

@@ -67,6 +67,10 @@ def test_what_has_no_gradient_is_absent():
     assert set(rows) == {"a"} and rows["a"].norm == 0 and rows["a"].update == 0
 
 
+def test_a_step_that_reaches_no_parameter_is_not_measured():
+    assert GradientStatistics({"a": nn.Parameter(torch.ones(3, 3))}).begin() is None
+
+
 def test_measuring_changes_nothing():
     named = {"a": nn.Parameter(torch.randn(5, 7))}
     named["a"].grad = torch.randn(5, 7)
