@@ -115,7 +115,7 @@ def test_one_history_one_summary_one_page(chain, tmp_path, vlmtune):
     )
     page = (run / "report.html").read_text()
     marks = re.findall(r'<text class="stage"[^>]*>(\w+)<', page)
-    assert marks.count("align") == marks.count("tasks") == marks.count("instruct") >= 3
+    assert min(marks.count(stage) for stage in STEPS) >= 3, "in every curve that has its step"
     assert 'href="2_tasks/report.html"' in page and "held-out data after each stage" in out
     shares = json.loads((run / "2_tasks" / "composition.json").read_text())
     assert shares[0]["samples"] == 20 and shares[0]["share"] == 1.0 and shares[0]["rows"] == 12
