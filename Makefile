@@ -35,6 +35,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/losses/study.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory/measure.py
 	$(BIN)/python benchmarks/ranks/study.py
+	$(BIN)/python benchmarks/stability/study.py
 
 # Train the embedded model's projector and language model again (about three hours on one core) and put them into the package.
 base-weights: $(READY)

@@ -10,9 +10,10 @@ parameter, judged and written to a file). A run measures every `stability.statis
     share of a run = (watched - plain + (measured - watched) / interval) / plain.
 
 Differences are taken within a round and their median is shown, so that a machine that grows slower in between does not
-count. They are as uncertain as the steps themselves: `+-` is half the range between the quartiles over the square root
-of the number of rounds. "alone" is the same share from a clock around the watching alone, within the same steps; it is
-far more exact, and misses only what watching does to the rest of a step (caches).
+count. They are as uncertain as the steps themselves: `+-` is the range between the quartiles over the square root of the
+number of rounds, about one standard error. "alone" is the share of the loss watch and the statistics from a clock around
+them, within the same steps: far more exact, but without the norms by rule, which take the place of the joint norm, and
+without what watching does to the rest of a step (caches).
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ class Result:
         """(median, uncertainty) of one - other within a round, as a share of a plain step."""
         gaps = [a - b for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
         low, _, high = statistics.quantiles(gaps, n=4)
-        return statistics.median(gaps) / self.plain, (high - low) / 2 / len(gaps) ** 0.5 / self.plain
+        return statistics.median(gaps) / self.plain, (high - low) / len(gaps) ** 0.5 / self.plain
 
     def side_by_side(self) -> tuple[float, float]:
         """(share of a run, its uncertainty)."""

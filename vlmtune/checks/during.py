@@ -5,6 +5,7 @@ Judgements over histories; none of them changes anything.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,8 @@ def _exploding(rows: Rows, earlier: Sequence[Rows]) -> Finding | None:
 
 
 def _vanishing(rows: Rows) -> Finding | None:
-    sizes = {name: row.std for name, row in rows.items() if row.norm > 0}
+    # root mean squares: the deviation alone is 0 for a single number, and where all are alike
+    sizes = {name: math.hypot(row.mean, row.std) for name, row in rows.items() if row.norm > 0}
     if not sizes:
         return None
     median = statistics.median(sizes.values())
@@ -68,7 +70,7 @@ def _vanishing(rows: Rows) -> Finding | None:
     worst = min(bad, key=sizes.__getitem__)
     return Finding(
         "warn", "gradients vanish",
-        f"{_counted(bad, rows)}, worst {worst}: deviation {sizes[worst]:.1e} where the median is {median:.1e}",
+        f"{_counted(bad, rows)}, worst {worst}: root mean square {sizes[worst]:.1e} where the median is {median:.1e}",
         "freeze them, or give them another start: what is in front of them passes nothing on",
     )  # fmt: skip
 

@@ -36,10 +36,15 @@ def test_a_norm_far_above_its_own_median_explodes():
     assert whats(rows(a=replace(HEALTHY, norm=0.9)), earlier) == []
 
 
-def test_a_deviation_far_below_the_others_vanishes():
+def test_a_gradient_far_below_the_others_vanishes():
     assert whats(rows(a=replace(HEALTHY, std=1e-10))) == ["gradients vanish"]
     bias = replace(HEALTHY, std=1e-10, is_matrix=False)
     assert whats(rows(a=bias)) == [], "keys' biases have a gradient of rounding errors alone"
+
+
+def test_a_gradient_that_is_the_same_everywhere_has_not_vanished():
+    """A gate of shape (1, 1) has no deviation at all."""
+    assert whats(rows(a=replace(HEALTHY, mean=1e-3, std=0.0))) == []
 
 
 def test_no_gradient_three_times_in_a_row_is_dead():
