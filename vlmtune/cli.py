@@ -187,6 +187,34 @@ def plan(
 
 
 @app.command()
+def compose(
+    vision: Annotated[str, typer.Argument(help="CLIP or SigLIP (folder or hub name), or efficientnet-lite0")],
+    language: Annotated[str, typer.Argument(help="causal language model (folder, hub name, or a .gguf file)")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="where the model goes; a new folder")],
+    projector: Annotated[
+        Literal["mlp", "resampler"], typer.Option(help="mlp: a token per patch; resampler: a fixed number of tokens")
+    ] = "mlp",
+    queries: Annotated[int | None, typer.Option(min=1, help="resampler: image tokens, a square (default 64)")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="efficientnet-lite0: pixels (default 192)")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the projector's first weights")] = 0,
+) -> None:
+    """Build a new vision-language model from a vision encoder and a language model; its projector is untrained."""
+    if queries is not None and projector != "resampler":
+        raise VlmtuneError("--queries belongs to --projector resampler; an mlp has a token for each patch.")
+    require_folder(folder, "OUT", "choose another folder")
+    from vlmtune.models.compose import compose as run
+
+    made = run(vision, language, folder, projector, queries or 64, image_size, seed)
+    parts = ", ".join(f"{name} {size:,}" for name, size in made.parameters.items())
+    gained = "the tokenizer had <image>" if made.added is None else f"the tokenizer gained {made.added}"
+    console.print(f"{folder}: parameters: {parts}; {made.image_tokens} tokens per image; {gained}", highlight=False)
+    console.print(
+        "its projector knows nothing yet: train it first, with vision and language frozen (docs/guide/compose.md)",
+        highlight=False,
+    )
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     folder: Annotated[Path, typer.Argument(help="where the model or adapter goes")],

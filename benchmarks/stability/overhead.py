@@ -10,10 +10,10 @@ parameter, judged and written to a file). A run measures every `stability.statis
     share of a run = (watched - plain + (measured - watched) / interval) / plain.
 
 Differences are taken within a round and their median is shown, so that a machine that grows slower in between does not
-count. They are as uncertain as the steps themselves: `+-` is the range between the quartiles over the square root of the
-number of rounds, about one standard error. "alone" is the share of the loss watch and the statistics from a clock around
-them, within the same steps: far more exact, but without the norms by rule, which take the place of the joint norm, and
-without what watching does to the rest of a step (caches).
+count. They are as uncertain as the steps themselves: `+-` is the range between the quartiles over the square root of
+the number of rounds, about one standard error. "alone" is the share of the loss watch and the statistics from a clock
+around them, within the same steps: far more exact, but without the norms by rule, which take the place of the joint
+norm, and without what watching does to the rest of a step (caches).
 """
 
 from __future__ import annotations

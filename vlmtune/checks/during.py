@@ -15,7 +15,8 @@ from vlmtune.types import Finding
 
 Rows = Mapping[str, Row]
 
-EXPLOSION = 10.0  # times its own median; clipping hides it from the update, not from the norm
+EXPLOSION = 10.0  # times its own median, twice in a row; clipping hides it from the update, not from the norm
+BURST = 100.0  # times its own median, at once: single batches of 2 samples reach 40 in runs that learn well
 MEASUREMENTS = 3  # before a median means something, and in a row before a parameter is called dead
 VANISHING = 1e-6  # of the median over all matrices: float32 has 1e-7 of relative precision left
 LARGE_UPDATE, SMALL_UPDATE = 0.1, 1e-7  # of the weights; about 1e-3 is healthy, below float32's 6e-8 nothing changes
@@ -42,12 +43,14 @@ def judge_statistics(rows: Rows, earlier: Sequence[Rows]) -> list[Finding]:
 
 
 def _exploding(rows: Rows, earlier: Sequence[Rows]) -> Finding | None:
-    ratios = {}
+    ratios, bad = {}, []
     for name, row in rows.items():
         before = [past[name].norm for past in earlier if name in past and past[name].norm > 0]
         if len(before) >= MEASUREMENTS:
-            ratios[name] = row.norm / statistics.median(before)
-    bad = [name for name, ratio in ratios.items() if ratio > EXPLOSION]
+            median = statistics.median(before)
+            ratios[name] = row.norm / median
+            if ratios[name] > BURST or min(row.norm, before[-1]) > EXPLOSION * median:
+                bad.append(name)
     if not bad:
         return None
     worst = max(bad, key=ratios.__getitem__)

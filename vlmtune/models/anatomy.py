@@ -90,6 +90,7 @@ ANATOMIES: dict[str, Anatomy] = {
         _row("smolvlm", "model.vision_model", "encoder.layers", _CONNECTOR, "norm1000", "model.text_model"),
         _row("idefics3", "model.vision_model", "encoder.layers", _CONNECTOR, "norm1000", "model.text_model"),
         _row("llava", "model.vision_tower", "encoder.layers", _PROJECTOR, "norm1000"),
+        _row("llava_resampler", "model.vision_tower", "encoder.layers", _PROJECTOR, "norm1000"),
         _row("llava_next", "model.vision_tower", "encoder.layers", _NEWLINE, "norm1000"),
         _row("internvl", "model.vision_tower", "encoder.layer", _PROJECTOR, "norm1000"),
         _row("gemma3", "model.vision_tower", "encoder.layers", _PROJECTOR, "norm1000"),

@@ -51,7 +51,7 @@ class SharedTower:
 
     def __init__(self, model: PreTrainedModel):
         kind = model.config.model_type
-        if kind != "llava":
+        if kind not in ("llava", "llava_resampler"):
             raise VlmtuneError(
                 f"plan: batchnorm: sync needs images as one tensor each, as LLaVA models have them; this is {kind}: "
                 "say batchnorm: frozen."

@@ -29,6 +29,7 @@ from transformers.utils import cached_file, is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 import vlmtune.models.efficientnet  # noqa: F401  registers the tower of the embedded model with AutoConfig
+import vlmtune.models.resampler  # noqa: F401  registers LLaVA with a resampler
 from vlmtune.models.anatomy import require_supported
 from vlmtune.models.quantise import (
     Quantisation,

@@ -168,7 +168,7 @@ def _images(config: PreTrainedConfig, shape: BatchShape) -> _Images:
     size, patch = _pair(vision.image_size), _pair(vision.patch_size)
     patches = size[0] // patch[0] * (size[1] // patch[1])
     marked = config.mm_tokens_per_image if kind == "gemma3" else patches
-    if kind == "llava":
+    if kind in ("llava", "llava_resampler"):
         marked = _llava_tokens(config, patches)
     if kind == "llava_next":
         raise VlmtuneError(
