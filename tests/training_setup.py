@@ -38,6 +38,15 @@ WORDS = (
 TEXT_ONLY = 3
 """Index of the one sample without an image."""
 
+PLAN = [
+    {"match": "vision", "train": "frozen"},
+    {"match": "projector", "train": "full"},
+    {"match": "language", "train": "lora", "rank": 4, "dropout": 0.1},
+    {"match": "embed", "train": "frozen"},
+    {"match": "lm_head", "train": "frozen"},
+]
+"""Of runs of the debug size on a tiny LLaVA."""
+
 
 def png(seed: int) -> bytes:
     """64x48 pixels of noise: small, and different for every seed."""

@@ -35,6 +35,7 @@ from vlmtune.schedule import (
 from vlmtune.trainer import Settings
 from vlmtune.types import VlmtuneError
 
+HEAD = "lm_head.weight"
 BALANCE = "balance"  # the rule of what the objective learns
 Steps = Callable[[str | float], int]
 
@@ -206,6 +207,12 @@ def apply_formats(model: torch.nn.Module, plan: Plan, config: Config) -> list[st
         return [named[name] for name, owner in plan.rule_of.items() if owner == rule.match]
 
     islands = [rule for rule in config.plan if rule.compute == "fp32"]
+    head = next((rule for rule in islands if plan.rule_of.get(HEAD) == rule.match), None)
+    if head is not None:
+        raise VlmtuneError(
+            f"plan: rule {head.match!r} says compute: fp32, but covers {HEAD}, which the loss multiplies itself (its sums "
+            "are in float32 in any case); put a rule for lm_head without it in front."
+        )
     if islands:
         names = keep_float32(model, [parameter for rule in islands for parameter in covered(rule)])
         for rule in islands:

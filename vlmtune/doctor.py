@@ -21,10 +21,11 @@ from vlmtune.build_loss import build_objective
 from vlmtune.checkpoint import load_weights
 from vlmtune.config import Config, load_config
 from vlmtune.data.encode import Encoder
-from vlmtune.failure import Diagnosis, Failure, diagnose, embedding_rows, json_values, load_failure
+from vlmtune.failure import Diagnosis, Failure, diagnose, json_values, load_failure
 from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
+from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.schedule import learning_rates
 from vlmtune.trainer import TrainingModule
 from vlmtune.types import Finding, VlmtuneError

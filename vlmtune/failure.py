@@ -150,12 +150,6 @@ def diagnose(
     return Diagnosis(origin, number, samples, causes, examined)
 
 
-def embedding_rows(model: torch.nn.Module) -> int:
-    """Rows of the embedding, those of new tokens included."""
-    table = model.get_input_embeddings()
-    return len(getattr(table, "base_layer", table).weight)
-
-
 def _rerun(
     model: torch.nn.Module, step: _Step, scale: float, vocabulary_size: int
 ) -> tuple[Origin | None, int | None, bool | None]:

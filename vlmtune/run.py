@@ -75,6 +75,7 @@ from vlmtune.interrupt import StopRequest
 from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
 from vlmtune.models.vlm import checkpoint_activations
+from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
@@ -296,15 +297,16 @@ def investigator(folder: Path, trainer: Trainer, encoder: Encoder) -> Callable[[
         scale = 1.0 if trainer.scale is None else trainer.scale.value
         norms, losses = [past.norms for past in trainer.history], [past.loss for past in trainer.history]
         lr = {group["rule"]: group["lr"] for group in trainer.optimizer.param_groups}
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = embedding_rows(model)
         diagnosis = diagnose(
             model, trainer.module, failure.micro_batches, weights, settings.precision, scale, rng, norms, losses, lr,
-            vocabulary, encoder,
+            vocabulary, encoder, trainer.tower,
         )  # fmt: skip
         place = folder / "failures" / failure_name(state.step + 1)
         record = {
             "step": state.step, "progress": progress, "precision": settings.precision, "scale": scale, "lr": lr,
             "norm_history": norms, "loss_history": losses, "what": failure.what,
+            "scale_history": [past.scale for past in trainer.history],
         }  # fmt: skip
         trainer.write(place / "checkpoint")
         save_failure(place, failure.micro_batches, record, rng, diagnosis, encoder)

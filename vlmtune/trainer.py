@@ -34,6 +34,7 @@ from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.batchnorm import SharedTower
 from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM, set_training_mode
+from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.observer import Observer
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import set_learning_rates
@@ -194,6 +195,7 @@ class Trainer:
         self.history: deque[Past] = deque(maxlen=HISTORY)
         self._phases = settings.phases()
         self._buffers = trained_buffers(model, plan)
+        self._rows = embedding_rows(model)
         self._earlier_statistics: list[dict[str, Row]] = []
         self._saved_step: int | None = None
 
@@ -291,7 +293,7 @@ class Trainer:
             if self.investigate is not None:
                 failure.cause = self.investigate(failure, before.rng_state())
             before.restore_rng()
-            self.optimizer.zero_grad()
+            self._forget_step()
             if self.recovery.nonfinite != "skip":
                 raise
             self._require_patience(failure)
@@ -338,7 +340,7 @@ class Trainer:
             self.optimizer.step()
             objective.balance.after_update()
         rows = self.statistics.end(measured) if measured is not None and not overflowed else None
-        self.optimizer.zero_grad()
+        self._forget_step()
         shares = {} if self.sampling is None else self.sampling.shares
         if self.sampling is not None:
             self.sampling.observe(sums.tasks)
@@ -354,11 +356,16 @@ class Trainer:
         }  # fmt: skip
 
     def _forward(self, number: int, batch: Batch, weights: StepWeights) -> Losses:
+        ids = batch.inputs["input_ids"]
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self._rows:  # on a GPU the process could not go on after it
+            raise NonFinite(f"ids from {int(ids.min())} to {int(ids.max())} where the embedding has {self._rows} rows")
         batch = batch.to(self.device)
-        try:
-            return self.module(batch if self.tower is None else self.tower.inputs(number, batch), weights)
-        except IndexError as error:  # an id beyond the vocabulary; on CUDA the process cannot go on after it
-            raise NonFinite(f"the forward raised {type(error).__name__}: {error}") from error
+        return self.module(batch if self.tower is None else self.tower.inputs(number, batch), weights)
+
+    def _forget_step(self) -> None:
+        """Gradients, and what the balance gathered of them."""
+        self.optimizer.zero_grad()
+        self.module.objective.balance.forget_step()
 
     def _count(self, micro_batches: list[Batch]) -> dict[str, int]:
         samples = sum(len(batch.sample_ids) for batch in micro_batches)
@@ -421,7 +428,7 @@ class Trainer:
             return
         if self._weights_are_finite() and self._saved_step != self.state.step:
             self.save()  # everything needed to go on
-        raise VlmtuneError(f"{failure} {failure.remedy}")
+        raise VlmtuneError(f"{failure}" if failure.cause else f"{failure} {failure.remedy}")
 
     def _require_patience(self, failure: Exception) -> None:
         """Raise VlmtuneError where the run has been mended as often as it may be."""

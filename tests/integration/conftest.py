@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from training_setup import write_data
+from training_setup import PLAN, write_data
 
 from vlmtune import cli
-
-PLAN = [
-    {"match": "vision", "train": "frozen"},
-    {"match": "projector", "train": "full"},
-    {"match": "language", "train": "lora", "rank": 4, "dropout": 0.1},
-    {"match": "embed", "train": "frozen"},
-    {"match": "lm_head", "train": "frozen"},
-]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import PLAN
+from training_setup import PLAN
 
 from vlmtune.config import load_config
 from vlmtune.observe.log import read_history
@@ -139,7 +139,11 @@ def test_a_float32_island_from_a_config(trained, write_config, vlmtune):
     plan = [rule | {"compute": "fp32"} if rule["match"] in ("language", "projector") else rule for rule in PLAN]
     island, _, out = trained("island", "train.precision=bf16", plan=plan, steps=3)
     plain, _, _ = trained("plain", "train.precision=bf16", steps=3)
-    assert "float32: model.multi_modal_projector" in out and island[0]["loss"] != plain[0]["loss"]
+    assert "float32: model.multi_modal_projector" in out and "layers.0" in out
+    assert island[0]["loss"] != plain[0]["loss"]
+    head = [rule | {"compute": "fp32"} if rule["match"] == "lm_head" else rule for rule in PLAN]
+    code, _, err = vlmtune("train", write_config("head", 3, plan=head))
+    assert code == 1 and "covers lm_head.weight" in err
     narrow = [{"match": "projector.linear_1.weight", "train": "full", "compute": "fp32"}, *PLAN]
     code, _, err = vlmtune("train", write_config("narrow", 3, plan=narrow))
     assert code == 1 and "covers no whole module" in err

@@ -123,7 +123,7 @@ def finished(tmp_path_factory, request):
     """A run of 4 steps with checkpoints of the last three, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     rows, tiny = request.getfixturevalue("rows"), request.getfixturevalue("tiny_folder")
-    from conftest import PLAN
+    from training_setup import PLAN
 
     tree = {
         "model": str(tiny("llava")), "run": str(folder / "run"), "data": {"train": [{"path": str(rows)}], "workers": 0},

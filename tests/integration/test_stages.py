@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import PLAN
 from rich.console import Console
 from safetensors.torch import load_file
 from test_resume import NULL, fork, numbers
+from training_setup import PLAN
 
 from vlmtune.config import load_run_config
 from vlmtune.observe.log import read_history

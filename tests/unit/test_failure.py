@@ -29,7 +29,7 @@ from vlmtune.checks.examine import Picture, pictures_of
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
-from vlmtune.failure import Diagnosis, diagnose, draw, embedding_rows, failure_name, load_failure, save_failure
+from vlmtune.failure import Diagnosis, diagnose, draw, failure_name, load_failure, save_failure
 from vlmtune.losses.balance import GradNorm, InitialLosses
 from vlmtune.losses.exposure import Exposure
 from vlmtune.losses.objective import Objective
@@ -38,6 +38,7 @@ from vlmtune.models.batchnorm import SharedTower
 from vlmtune.models.load import load_processor
 from vlmtune.models.readouts import attach_readouts
 from vlmtune.models.vlm import VLM, set_training_mode
+from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.trainer import TrainingModule
 from vlmtune.types import Batch, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
 

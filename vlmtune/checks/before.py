@@ -86,7 +86,7 @@ def _zeros(plan: Plan) -> Iterator[Finding]:
     if not found:
         return
     wrong = [name for name, parameter in found.items() if bool(parameter.any())]
-    evidence = f"{len(found)} tensors, largest value {max(float(p.abs().max()) for p in found.values()):g}"
+    evidence = f"{len(found)} tensors, largest value {max(float(p.detach().abs().max()) for p in found.values()):g}"
     what = "outputs of adapters start at zero"
     if wrong:
         yield Finding("fail", what, f"{evidence}, first {wrong[0]}", "check the options of its rule")
@@ -148,8 +148,8 @@ def _norms(model: nn.Module) -> Iterator[Finding]:
     adds_one = "gemma" in str(getattr(model.config, "model_type", ""))
     dead = [name for name, p in found.items() if not adds_one and not bool(p.any())]
     low, high = (
-        min(float(p.float().mean()) for p in found.values()),
-        max(float(p.float().mean()) for p in found.values()),
+        min(float(p.detach().float().mean()) for p in found.values()),
+        max(float(p.detach().float().mean()) for p in found.values()),
     )
     evidence = f"{len(found)} norms, mean weight {low:.2f} to {high:.2f}"
     what = "norms let signals through"

@@ -32,6 +32,9 @@ class Balance(nn.Module):
     def before_update(self, losses: dict[str, float]) -> None:
         """After the backward of the last micro-batch. losses: task -> mean loss of the step, for the tasks in it."""
 
+    def forget_step(self) -> None:
+        """The step is over, with or without an update: drop what was gathered of its gradients."""
+
     def after_update(self) -> None:
         """After the optimizer has moved what the balance learns."""
 
@@ -186,6 +189,9 @@ class GradNorm(Balance):
         gradient = torch.zeros_like(self.weights)
         gradient[index] = torch.sign(scaled - targets) * norms
         self.weights.grad = gradient
+        self._gradients = {}
+
+    def forget_step(self) -> None:
         self._gradients = {}
 
     @torch.no_grad()

@@ -265,7 +265,7 @@ def _write(folder: Path, model: nn.Module, processor: LlavaProcessor, image_size
         found = written["input_ids"][0].count(model.config.image_token_id)
         if found != tokens:
             raise VlmtuneError(
-                f"{folder}: the processor writes {found} placeholders for {tokens} features of an image; nothing was written."
+                f"{folder}: the processor writes {found} placeholders for {tokens} features; nothing was written."
             )
         draft.chmod(0o755)
         for file in draft.iterdir():  # safetensors writes files that only their owner may read

@@ -104,3 +104,9 @@ def _with_rows(parameter: nn.Parameter, rows: slice, known: list[int]) -> nn.Par
     wide = torch.promote_types(old.dtype, torch.float32)
     grown[rows] = old[[index for index in known if index < len(old)]].mean(0, dtype=wide).to(old.dtype)
     return nn.Parameter(grown, parameter.requires_grad)
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Rows of the embedding, those of new tokens included."""
+    table = model.get_input_embeddings()
+    return len(getattr(table, "base_layer", table).weight)
