@@ -210,8 +210,8 @@ def apply_formats(model: torch.nn.Module, plan: Plan, config: Config) -> list[st
     head = next((rule for rule in islands if plan.rule_of.get(HEAD) == rule.match), None)
     if head is not None:
         raise VlmtuneError(
-            f"plan: rule {head.match!r} says compute: fp32, but covers {HEAD}, which the loss multiplies itself (its sums "
-            "are in float32 in any case); put a rule for lm_head without it in front."
+            f"plan: rule {head.match!r} says compute: fp32, but covers {HEAD}, which the loss multiplies itself (its "
+            "sums are in float32 in any case); put a rule for lm_head without it in front."
         )
     if islands:
         names = keep_float32(model, [parameter for rule in islands for parameter in covered(rule)])

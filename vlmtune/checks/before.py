@@ -99,7 +99,7 @@ def _kaiming(plan: Plan) -> Iterator[Finding]:
     found = {n: p for n, p in _adapter_tensors(plan, "lora_A").items() if not _has_own_start(plan, n)}
     if not found:
         return
-    ratios = {name: float(p.std()) * (3 * p.shape[-1]) ** 0.5 for name, p in found.items() if p.numel() >= 256}
+    ratios = {name: float(p.detach().std()) * (3 * p.shape[-1]) ** 0.5 for name, p in found.items() if p.numel() >= 256}
     if not ratios:
         return
     worst = max(ratios, key=lambda name: abs(ratios[name] - 1))
