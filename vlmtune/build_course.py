@@ -106,7 +106,7 @@ def _rate(config: Config, rule: Rule, where: str, total: int, steps: Steps) -> R
     shape = (
         _named(wish, total, warmup, 0.1 if floor is None else floor, optim.decay, where, steps)
         if isinstance(wish, str)
-        else _stretches(wish, total, peak, where, steps)
+        else _stretches(wish, total, optim.lr if rule.schedule is None else peak, where, steps)
     )
     factors = Piecewise(over.starts, tuple(value / peak for value in over.values))
     return Rate(shape, factors, warmup, total)
@@ -143,6 +143,7 @@ def _named(
 
 
 def _stretches(wish: Sequence[LrSegment], total: int, peak: float, where: str, steps: Steps) -> Shape:
+    """peak: the highest rate of the list; a rule with another one follows in proportion."""
     lengths = [None if segment.over is None else max(1, steps(segment.over)) for segment in wish]
     known = sum(length for length in lengths if length is not None)
     if known > total or (lengths[-1] is None and known >= total):

@@ -50,6 +50,15 @@ def test_schedules_are_what_the_history_says(trained, optim, expected):
     assert rates(records) == pytest.approx([1e-2 * factor for factor in expected])
 
 
+def test_a_rule_with_another_rate_follows_stretches_in_proportion(trained):
+    """Those of optim are in numbers of optim.lr; a rule at a tenth of it has a tenth everywhere."""
+    plan = [rule | {"lr": 1e-3} if rule["match"] == "projector" else rule for rule in PLAN]
+    stretches = [{"start": 2e-3, "to": 1e-2, "over": 4}, {"to": 5e-3}]
+    records, _, _ = trained("proportion", plan=plan, optim={"lr": 1e-2, "schedule": stretches})
+    assert rates(records)[3] == pytest.approx(1e-2) and rates(records)[-1] == pytest.approx(5e-3)
+    assert rates(records, "projector") == pytest.approx([rate / 10 for rate in rates(records)])
+
+
 def test_a_rule_may_have_a_schedule_of_its_own(trained):
     own = {"match": "projector", "train": "full", "lr": 4e-3, "schedule": "linear", "warmup": 0, "floor": 0.0}
     plan = [own if rule["match"] == "projector" else rule for rule in PLAN]
