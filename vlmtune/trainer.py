@@ -248,7 +248,8 @@ class Trainer:
     def _train_until_rewind(self) -> None:
         """Steps until the last one, until the run stops early, or until it has gone back and needs earlier data."""
         settings, state = self.settings, self.state
-        arrived = time.perf_counter()
+        before, started = state.seconds, time.perf_counter()
+        arrived = started
         for micro_batches in self.steps(state.step, settings.total_steps):
             waited = time.perf_counter() - arrived
             try:
@@ -256,7 +257,7 @@ class Trainer:
             except NonFinite as failure:
                 self._give_up_or(failure)
                 return
-            state.seconds += time.perf_counter() - arrived
+            state.seconds = before + time.perf_counter() - started
             metrics |= {"data_wait": waited, "step_seconds": time.perf_counter() - arrived}
             self._tell("on_step", metrics)
             if self._jumped(metrics):
@@ -280,10 +281,10 @@ class Trainer:
 
     def _attempt(self, micro_batches: list[Batch]) -> dict[str, Any]:
         """A step, or what takes its place: nothing for a batch that is left out."""
-        if self.state.step in self.state.skipped:
-            return self._pass_over(micro_batches)
         if self.state.step in self._phases:
             self._activate(self.state.step)
+        if self.state.step in self.state.skipped:
+            return self._pass_over(micro_batches)
         before = Snapshot.of(self._buffers)
         try:
             return self.train_step(micro_batches)

@@ -256,6 +256,20 @@ def test_unfreezing_is_exact_under_resume_at_every_step(make, tmp_path):
         assert same_training(whole, resumed) == [], checkpoint.name
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_batch_left_out_where_a_phase_begins_does_not_stop_the_phase(make, told):
+    """The step at which a rule starts to train is skipped, when it fails or because a resume knows: it trains after."""
+    setup = make("edge", over=OVER, parts={"recovery": Recovery("skip")})
+    if told:
+        setup.trainer.state.skipped.append(4)
+    else:
+        poisoned(setup, {4})
+    setup.trainer.fit()
+    assert setup.trainer.state.skipped == [4]
+    counts = {n: float(v) for n, v in optimizer_tensors(setup.trainer.optimizer).items() if n.endswith("/step")}
+    assert {counts[f"{name}/step"] for name in setup.plan.parameters if setup.plan.rule_of[name] == "language"} == {3}
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_unfreezing_does_not_depend_on_accumulation(make, micro_batch_size):
     """float32 sums in another order, through 8 AdamW steps that magnify the smallest gradients: 2e-3 of a weight."""
