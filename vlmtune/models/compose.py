@@ -63,8 +63,9 @@ IMAGES_AS_TEXT = """{%- set composed = namespace(messages=[]) -%}
 {%- endif -%}
 {%- set composed.messages = composed.messages + [dict(message, content=words)] -%}
 {%- endfor -%}
-{%- set messages = composed.messages -%}
+{%- set messages = composed.messages %}
 """
+# (no "-" at its end: white space that the template begins with is its own)
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,22 @@ def compose(
         raise VlmtuneError(f"--queries {queries}: image tokens form a square grid; write a square such as 64 or 144.")
     eye = _load_vision(vision, image_size)
     model, tokenizer, added = _load_language(language)
+    dtype = torch.promote_types(eye.tower.dtype, model.dtype)  # neither is rounded
     config = _config(eye, model, tokenizer, projector, queries)
+    config.text_config.dtype = config.vision_config.dtype = dtype
     kind = LlavaForConditionalGeneration if projector == "mlp" else LlavaResamplerForConditionalGeneration
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        whole = kind(config)
+        whole = kind(config).float()
     whole.model.vision_tower.load_state_dict(eye.tower.state_dict())
     whole.model.language_model.load_state_dict(model.get_decoder().state_dict())
     whole.lm_head.load_state_dict(model.get_output_embeddings().state_dict())
+    _require_same_answers(whole, model.float(), language)
     bridge = whole.model.multi_modal_projector
     draw_anew({f"projector.{name}": p for name, p in bridge.named_parameters() if name != "queries"}, seed)
     whole.generation_config = _generation(model, tokenizer)
     tokens = queries if projector == "resampler" else eye.grid
-    _write(folder, whole.to(model.dtype), _processor(eye, tokenizer, projector, queries), eye.image_size, tokens)
+    _write(folder, whole.to(dtype), _processor(eye, tokenizer, projector, queries), eye.image_size, tokens)
     parts = {"vision": whole.model.vision_tower, "projector": bridge, "language": whole.model.language_model}
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     return Composed(sizes, tokens, added)
@@ -153,7 +157,7 @@ def _load_vision(name: str, image_size: int | None) -> Vision:
                 f"vision {name!r} is a {config.model_type}, which LLaVA cannot hold; name a CLIP or SigLIP model, or "
                 f"{EFFICIENTNET}."
             )
-        tower = kind.from_pretrained(name, dtype=torch.float32)
+        tower = kind.from_pretrained(name, dtype="auto")
         images = AutoImageProcessor.from_pretrained(name, backend="pil")
     except (OSError, ValueError) as error:
         raise VlmtuneError(f"vision {name!r} cannot be loaded ({_first_line(error)}).") from error
@@ -173,17 +177,24 @@ def _load_language(name: str) -> tuple[PreTrainedModel, Any, str | None]:
             raise VlmtuneError(f"language {name} does not exist.")
         name, how = str(path.parent), {"gguf_file": path.name}
     try:
-        known = IMAGE in AutoTokenizer.from_pretrained(name, **how).get_vocab()
+        own = AutoTokenizer.from_pretrained(name, **how)
+        known = IMAGE in own.get_vocab()
         tokenizer = AutoTokenizer.from_pretrained(name, extra_special_tokens={"image_token": IMAGE}, **how)
+        tokenizer.add_special_tokens({"extra_special_tokens": own.extra_special_tokens})  # the line above drops them
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if how else "auto", **how)
     except ImportError as error:
-        raise VlmtuneError(f"language {name!r}: {_first_line(error)} (.gguf needs `pip install gguf`).") from error
+        raise VlmtuneError(
+            f"language {name!r}: {_first_line(error)} (.gguf needs `pip install 'vlmtune[gguf]'`)."
+        ) from error
     except (OSError, ValueError) as error:
         raise VlmtuneError(f"language {name!r} cannot be loaded ({_first_line(error)}).") from error
     if not tokenizer.chat_template:
         raise VlmtuneError(
             f"language {name!r} has no chat template; take an instruction-tuned model, or write chat_template.jinja."
         )
+    head = model.get_output_embeddings()
+    if not hasattr(model.get_decoder(), "embed_tokens") or head is None or head.bias is not None:
+        raise _not_held(name, model, "its embedding or its head is built otherwise")
     if how:  # it is read from 4 bits into float32, and transformers would refuse to save it as what it is now
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
@@ -193,6 +204,23 @@ def _load_language(name: str) -> tuple[PreTrainedModel, Any, str | None]:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = IMAGES_AS_TEXT + tokenizer.chat_template
     return model, tokenizer, None if known else IMAGE
+
+
+def _not_held(name: str, model: PreTrainedModel, why: str) -> VlmtuneError:
+    return VlmtuneError(
+        f"language {name!r} is a {model.config.model_type}, which LLaVA cannot hold ({why}); take one such as Llama, "
+        "Qwen2 or Mistral."
+    )
+
+
+@torch.no_grad()
+def _require_same_answers(whole: PreTrainedModel, model: PreTrainedModel, name: str) -> None:
+    """LLaVA puts a plain head on the decoder; what a language model does besides (a scale, a cap) would be lost."""
+    ids = torch.arange(min(16, model.get_input_embeddings().num_embeddings))[None]
+    found, expected = (each.eval()(input_ids=ids).logits for each in (whole, model))
+    # the same operations on the same float32 numbers; the tolerance is for kernels of other architectures
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+        raise _not_held(name, model, "its logits are not its head's alone, and would change")
 
 
 @torch.no_grad()
@@ -261,7 +289,8 @@ def _write(folder: Path, model: nn.Module, processor: LlavaProcessor, image_size
         described = json.loads((draft / "config.json").read_text())
         described.pop("quantization_config", None)
         (draft / "config.json").write_text(json.dumps(described, indent=2))
-        written = load_processor(str(draft))(images=Image.new("RGB", (image_size, image_size)), text=IMAGE)
+        wide = Image.new("RGB", (2 * image_size, image_size))  # the tower takes squares alone: this must become one
+        written = load_processor(str(draft))(images=wide, text=IMAGE)
         found = written["input_ids"][0].count(model.config.image_token_id)
         if found != tokens:
             raise VlmtuneError(

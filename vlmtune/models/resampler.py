@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
@@ -33,8 +34,9 @@ class Resampler(nn.Module):
         self.queries = nn.Parameter(torch.empty(config.num_queries, width))
         self.input = nn.Linear(config.vision_config.hidden_size, width, bias=False)
         self.input_norm, self.query_norm, self.output_norm = (nn.LayerNorm(width) for _ in range(3))
-        heads = max(count for count in range(1, max(1, width // HEAD_WIDTH) + 1) if width % count == 0)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.heads = max(count for count in range(1, max(1, width // HEAD_WIDTH) + 1) if width % count == 0)
+        # not nn.MultiheadAttention: no adapter and no quantisation reaches the matrices in there
+        self.query, self.key, self.value, self.mix = (nn.Linear(width, width) for _ in range(4))
         self.output = nn.Linear(width, width, bias=False)
         nn.init.trunc_normal_(self.queries, std=0.02)
 
@@ -43,8 +45,9 @@ class Resampler(nn.Module):
         own = grid_positions(*self.queries.shape, features.device).to(features.dtype)
         values = self.input_norm(self.input(features))
         queries = self.query_norm(self.queries + own).to(values.dtype).expand(len(features), -1, -1)
-        found, _ = self.attention(queries, values + places, values, need_weights=False)
-        return self.output(self.output_norm(found))
+        parts = self.query(queries), self.key(values + places), self.value(values)
+        found = F.scaled_dot_product_attention(*(part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts))
+        return self.output(self.output_norm(self.mix(found.transpose(1, 2).flatten(2))))
 
 
 def grid_positions(count: int, width: int, device: torch.device) -> Tensor:
@@ -57,7 +60,7 @@ def grid_positions(count: int, width: int, device: torch.device) -> Tensor:
     row, column = torch.meshgrid(centre, centre, indexing="ij")
     angles = [axis.reshape(-1, 1) * frequencies for axis in (row, column)]
     found = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return nn.functional.pad(found, (0, width - found.shape[1]))
+    return F.pad(found, (0, width - found.shape[1]))
 
 
 class LlavaResamplerForConditionalGeneration(LlavaForConditionalGeneration):

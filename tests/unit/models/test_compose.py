@@ -3,16 +3,21 @@ reads its template as any other (SPEC E)."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from compose_setup import write_language, write_vision
+from compose_setup import SIZES, TEMPLATE, write_language, write_vision
+from safetensors.torch import load_file
 from training_setup import encode_all, encoder_of, write_data
 
+from vlmtune.adapt.plan import Policy, apply_plan
 from vlmtune.models.anatomy import canonical_parameters
 from vlmtune.models.compose import compose
+from vlmtune.models.efficientnet import imagenet_state_dict
 from vlmtune.models.initialise import XAVIER_LIMIT
 from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.resampler import grid_positions
@@ -70,8 +75,6 @@ def test_the_tower_sees_as_before(composed, parts):
     elif vision == "siglip":
         own = transformers.SiglipVisionModel.from_pretrained(parts(vision)).eval()
     else:
-        from vlmtune.models.efficientnet import imagenet_state_dict
-
         stored = model.model.vision_tower.state_dict()
         assert all(torch.equal(stored[name], value) for name, value in imagenet_state_dict().items())
         return
@@ -171,3 +174,109 @@ def test_numbers_that_do_not_fit_are_refused(parts, tmp_path):
     with pytest.raises(VlmtuneError, match="compose writes a new folder"):
         compose(parts("clip"), parts("llama"), tmp_path / "there")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def rewrite_language(source: str, folder: Path, config: type, dtype: torch.dtype = torch.float32, **options) -> str:
+    """A language model of another kind beside the tokenizer of `source`; matrices large enough for logits near 3."""
+    shutil.copytree(source, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "generation_config.json").unlink()
+    own = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 320, "bos_token_id": None,
+           "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config(**own | options))
+    with torch.no_grad():
+        for matrix in (parameter for parameter in model.parameters() if parameter.dim() > 1):
+            matrix.mul_(8)
+    model.to(dtype).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "why"),
+    [
+        (transformers.GraniteConfig, {"logits_scaling": 8.0}, "logits are not its head's alone"),
+        (transformers.CohereConfig, {"logit_scale": 0.06}, "logits are not its head's alone"),
+        (
+            transformers.Gemma2Config,
+            {"head_dim": 16, "final_logit_softcapping": 3.0},
+            "logits are not its head's alone",
+        ),
+        (transformers.PhiConfig, {}, "its head is built otherwise"),
+        (transformers.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2}, "its head is built otherwise"),
+    ],
+)
+def test_language_models_that_llava_would_change_are_refused(parts, tmp_path, config, options, why):
+    """A scale or a cap behind the head would be lost without a word."""
+    language = rewrite_language(parts("llama"), tmp_path / "lm", config, **options)
+    with pytest.raises(VlmtuneError, match=why):
+        compose(parts("clip"), language, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["lm"]
+
+
+@pytest.mark.parametrize("vision", ["clip", "efficientnet-lite0"])
+def test_a_bfloat16_language_model_does_not_round_the_tower(parts, tmp_path, vision):
+    language = rewrite_language(parts("llama"), tmp_path / "lm", transformers.LlamaConfig, torch.bfloat16)
+    compose(vision if vision == "efficientnet-lite0" else parts(vision), language, tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    if vision == "clip":
+        own = transformers.CLIPVisionModel.from_pretrained(parts("clip")).state_dict()
+    else:
+        own = imagenet_state_dict()
+    tower = load_model(str(tmp_path / "model")).model.vision_tower.state_dict()
+    assert all(torch.equal(tower[name], value) for name, value in own.items())
+    words = load_file(tmp_path / "lm" / "model.safetensors")
+    layers = [name for name in words if ".layers." in name]
+    assert layers and all(
+        torch.equal(stored[f"language_model.{name}"], words[name].float()) for name in layers
+    )  # every bfloat16 is a float32
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype="auto")
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+def test_a_processor_that_makes_no_squares_is_refused(parts, tmp_path):
+    shutil.copytree(parts("clip"), tmp_path / "wide")
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 56}, do_center_crop=False)
+    images.save_pretrained(tmp_path / "wide")
+    with pytest.raises(VlmtuneError, match="32 placeholders for 16 features"):
+        compose(str(tmp_path / "wide"), parts("llama"), tmp_path / "model")
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  ", "\n\n  "])
+def test_the_template_is_kept_to_the_letter(tmp_path, parts, start):
+    """White space in front too: it is part of what the language model was trained on."""
+    language = str(write_language(tmp_path / "lm", "llama", start + TEMPLATE))
+    compose(parts("clip"), language, tmp_path / "model")
+    turns = [("user", " a b "), ("assistant", "c")]
+    plain = [{"role": role, "content": text} for role, text in turns]
+    typed = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    expected = transformers.AutoTokenizer.from_pretrained(language).apply_chat_template(plain, tokenize=False)
+    processor = load_processor(str(tmp_path / "model"))
+    assert processor.apply_chat_template(plain, tokenize=False) == expected
+    assert processor.apply_chat_template(typed, tokenize=False) == expected
+
+
+def test_special_tokens_of_the_language_model_stay_special(parts, tmp_path):
+    shutil.copytree(parts("llama"), tmp_path / "lm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "lm")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(tmp_path / "lm")
+    compose(parts("clip"), str(tmp_path / "lm"), tmp_path / "model")
+    found = load_processor(str(tmp_path / "model")).tokenizer
+    assert set(found.all_special_tokens) == {*tokenizer.all_special_tokens, "<image>"}
+    assert found.image_token == "<image>"
+
+
+def test_lora_reaches_every_matrix_of_the_resampler(parts, tmp_path):
+    """Its attention too: what a rule names is what is trained."""
+    compose(parts("clip"), parts("llama"), tmp_path / "model", "resampler", 4)
+    model = load_model(str(tmp_path / "model"))
+    matrices = {
+        name.removesuffix(".weight")
+        for name, parameter in canonical_parameters(model).items()
+        if name.startswith("projector.") and parameter.dim() == 2 and name != "projector.queries"
+    }
+    rules = [("projector", Policy(train="lora", rank=2)), ("*", Policy(train="frozen"))]
+    plan = apply_plan(model, rules, "composed", seed=0)
+    adapted = {name.split(".lora_")[0] for name in plan.adapter_parameters}
+    assert len(matrices) == 6 and adapted == matrices
