@@ -370,7 +370,7 @@ def prepare_folder(config: Config, fingerprint: str, restart: bool, console: Con
             "(run=…), or delete that run with --restart."
         )
     for complaint in complaints:
-        console.print(f"warning: {complaint}; {checkpoint.name} is used", highlight=False, markup=False)
+        console.print(f"warning: {complaint}; {checkpoint.name} is used", highlight=False, markup=False, soft_wrap=True)
     for newer in [path for path in checkpoint_folders(folder / "checkpoints") if path.name > checkpoint.name]:
         set_aside(newer)
     return checkpoint
