@@ -183,10 +183,12 @@ OVERFLOWS, WINDOW = 5, 20  # so many overflows within so many steps
 
 
 def judge_overflow(scales: Sequence[float]) -> list[Finding]:
-    """scales: of the steps so far, oldest first, the last one after the overflow of this step. Said once when it
-    becomes frequent, and once when the scale falls below 1."""
+    """scales: of the steps so far, oldest first, the last one after the overflow of this step. Said at every fifth
+    overflow while they are frequent, and once when the scale falls below 1."""
     recent = scales[-WINDOW:]
-    falls = sum(after < before for before, after in zip(recent, recent[1:], strict=False))
+    falls, in_all = (
+        sum(after < before for before, after in zip(some, some[1:], strict=False)) for some in (recent, scales)
+    )
     if len(scales) > 1 and scales[-1] < 1 <= scales[-2]:
         return [
             Finding(
@@ -194,7 +196,7 @@ def judge_overflow(scales: Sequence[float]) -> list[Finding]:
                 "set train.precision to bf16 or fp32, or compute: fp32 on the rule of the part that overflows",
             )
         ]  # fmt: skip
-    if falls == OVERFLOWS:
+    if falls >= OVERFLOWS and in_all % OVERFLOWS == 0:
         return [
             Finding(
                 "warn", "float16 overflows often", f"{falls} of the last {len(recent)} steps made no update",

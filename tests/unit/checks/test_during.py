@@ -147,5 +147,8 @@ def test_overflows_are_said_when_they_become_frequent_and_when_no_scale_helps():
     (finding,) = judge_overflow(frequent)
     assert finding.level == "warn" and "5 of the last 20" in finding.evidence
     assert judge_overflow([*frequent, scale / 2**6]) == [], "said already"
+    every_fourth = [scale / 2 ** (n // 4) for n in range(64)]
+    said = [n for n in range(4, 64, 4) if judge_overflow(every_fourth[: n + 1])]
+    assert len(said) == 3, "one line for five overflows, however they are spread"
     (finding,) = judge_overflow([2.0, 1.0, 0.5])
     assert finding.level == "fail" and "0.5" in finding.evidence
