@@ -62,6 +62,7 @@ def examine_run(run: Path, console: Console, failure: str | None = None, as_json
     Returns the exit code: 1 if it is not finite again, 0 if the run saved none or its rerun is finite. Raises
     VlmtuneError for a folder that is no run, a failure that does not exist, and damaged files.
     """
+    run = failed_stage(run)
     folder = find_failure(run, failure)
     if folder is None:
         said = f"{run}: no step of this run was saved as not finite."
@@ -77,6 +78,14 @@ def examine_run(run: Path, console: Console, failure: str | None = None, as_json
         for line in described(run, found):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return int(found.reproduced)
+
+
+def failed_stage(run: Path) -> Path:
+    """The run folder itself; of a chain of stages that of the last stage with a saved failure, if there is one."""
+    if not (run / "stages.json").is_file():
+        return run
+    stages = [run / stage["folder"] for stage in json.loads((run / "stages.json").read_text())]
+    return next((stage for stage in reversed(stages) if (stage / "failures").is_dir()), run)
 
 
 def find_failure(run: Path, name: str | None) -> Path | None:

@@ -167,6 +167,17 @@ def test_another_chain_in_the_folder_is_refused(chain, tmp_path, vlmtune):
     assert json.loads((tmp_path / "same" / "summary.json").read_text())["steps"] == 11
 
 
+def test_the_doctor_finds_the_stage_that_failed(chain, tmp_path, vlmtune):
+    """A learning rate that no float32 survives, in the second stage."""
+    path = chain("ill")
+    code, _, err = vlmtune(
+        "train", path, "stages.1.optim={lr: 1.0e+30, warmup: 0, clip: null}", "stages.1.plan.1.lr=1e+30"
+    )
+    assert code == 1 and "2_tasks/failures" in err
+    code, out, _ = vlmtune("doctor", tmp_path / "ill")
+    assert code == 1 and "2_tasks" in out and "cause 1" in out
+
+
 def test_a_signal_inside_a_stage(chain, tmp_path, vlmtune, monkeypatch):
     """A clean exit with a checkpoint of the stage; the chain goes on in it."""
     from vlmtune.observe.log import History

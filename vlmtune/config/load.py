@@ -92,7 +92,7 @@ def load_run_config(name: str, overrides: Sequence[str] = ()) -> Config | Chain:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise VlmtuneError(f"{name!r} is neither a .yaml file nor a recipe ({', '.join(recipe_names())}).{hint}")
     try:
-        tree = yaml.load(text, Loader=_NoDuplicates)  # noqa: S506  a SafeLoader
+        tree = _unshared(yaml.load(text, Loader=_NoDuplicates))  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
         raise VlmtuneError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -181,6 +181,13 @@ def _apply_override(tree: Any, override: str) -> None:
         node[int(leaf)] = _parse_value(value)
     else:
         node[leaf] = _parse_value(value)
+
+
+def _unshared(tree: Any) -> Any:
+    """A copy in which no part stands twice: an alias of YAML is the same object, and an override would change both."""
+    if isinstance(tree, dict):
+        return {key: _unshared(value) for key, value in tree.items()}
+    return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _parse_value(text: str) -> Any:
