@@ -92,10 +92,9 @@ def test_reading_what_was_dumped_gives_the_same_chain(write, tmp_path):
 def test_an_override_of_one_stage_leaves_its_alias_alone(write, tmp_path):
     """YAML's anchors make two stages share a plan; changing one of them must not change the other."""
     path = tmp_path / "alias.yaml"
-    top = yaml.safe_dump(TOP)
-    path.write_text(
-        f"{top}stages:\n- {{name: one, plan: &plan [{{match: '*', train: full, lr: 0.1}}]}}\n- {{name: two, plan: *plan}}\n"
-    )
+    plan = "[{match: '*', train: full, lr: 0.1}]"
+    stages = f"stages:\n- {{name: one, plan: &plan {plan}}}\n- {{name: two, plan: *plan}}\n"
+    path.write_text(yaml.safe_dump(TOP) + stages)
     chain = load_run_config(str(path), ["stages.1.plan.0.lr=0.5"])
     assert [config.plan[0].lr for config in chain.stages.values()] == [0.1, 0.5]
 
