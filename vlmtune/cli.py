@@ -275,9 +275,9 @@ def pack_embedded(
 @app.command()
 def schema() -> None:
     """The JSON Schema of the configuration."""
-    from vlmtune.config import Config
+    from vlmtune.config import config_schema
 
-    print(json.dumps(Config.model_json_schema(), indent=2))
+    print(json.dumps(config_schema(), indent=2))
 
 
 @app.command()

@@ -16,10 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmtune.build import fingerprint_tree
+from vlmtune.adapt.plan import assign_rules
+from vlmtune.build import build_eval_groups, build_train, fingerprint_tree, resolve_model
+from vlmtune.build_course import policies
+from vlmtune.build_loss import wanted_readouts
 from vlmtune.config import EXPORTED, Chain, Config, differing_keys, dump_chain, load_config, load_run_config
 from vlmtune.export import export_run
-from vlmtune.interrupt import StopRequest
+from vlmtune.interrupt import Interrupted, StopRequest
+from vlmtune.models.load import meta_model
+from vlmtune.models.readouts import attach_readouts
 from vlmtune.observe.log import read_history
 from vlmtune.observe.page import write_page
 from vlmtune.observer import Observer
@@ -42,6 +47,8 @@ def train_chain(
     """
     folder = Path(chain.run)
     _require_mergeable(chain)
+    _require_readouts_once(chain)
+    _require_startable(chain)
     _require_own_folder(folder, chain, restart)
     if restart and folder.exists():
         shutil.rmtree(folder)
@@ -54,9 +61,16 @@ def train_chain(
         run = Path(config.run)
         if _is_finished(config):
             console.print(f"{run} is finished", highlight=False)
+            write_page(run)  # the last thing that a run does; it may have been killed before
         else:
-            train(config, console, observers=[Joined(folder, chain)], stop=stop)
+            try:
+                train(config, console, observers=[Joined(folder, chain)], stop=stop)
+            except (Interrupted, VlmtuneError):
+                join(folder, chain)
+                raise
         if name != last and not (run / EXPORTED).exists():
+            for draft in run.glob(f".{EXPORTED}.*.tmp"):  # of a process that was killed
+                shutil.rmtree(draft)
             export_run(run, "latest", run / EXPORTED, console)
         summary = join(folder, chain)
     console.print(stages_table(summary))
@@ -75,6 +89,38 @@ def _require_mergeable(chain: Chain) -> None:
                     f"stage {name}: rule {rule.match!r} says {rule.train}, which cannot be merged, but the next stage "
                     "starts from a merged model; use lora or full here, or make it the last stage."
                 )
+
+
+def _require_readouts_once(chain: Chain) -> None:
+    """A merged model has no read-outs, and a stage draws its own anew: what an earlier one taught them would go."""
+    taught: dict[str, str] = {}
+    for name, config in chain.stages.items():
+        for head in sorted(wanted_readouts(config)):
+            if head in taught:
+                raise VlmtuneError(
+                    f"stage {name}: its losses read a {head} head, and so do those of stage {taught[head]}, but the "
+                    f"exported model between them has none, so it would start anew; keep it in one of the stages."
+                )
+        taught |= dict.fromkeys(wanted_readouts(config), name)
+
+
+def _require_startable(chain: Chain) -> None:
+    """Refuse data that is not there and rules that cover nothing before the first stage trains, not days later.
+
+    All stages have the parameter names of the first one's model.
+    """
+    path = resolve_model(next(iter(chain.stages.values())).model)
+    for name, config in chain.stages.items():
+        if _is_finished(config):
+            continue
+        try:
+            build_train(config.data)
+            build_eval_groups(config)
+            model = meta_model(path)
+            attach_readouts(model, sorted(wanted_readouts(config)), config.train.seed)
+            assign_rules(model, policies(config))
+        except VlmtuneError as error:
+            raise VlmtuneError(f"stage {name}: {error}") from error
 
 
 def _require_own_folder(folder: Path, chain: Chain, restart: bool) -> None:
@@ -106,9 +152,10 @@ def _described(chain: Chain) -> list[dict[str, Any]]:
 
 
 def _is_finished(config: Config) -> bool:
-    """Whether this very config has been trained to its end in its folder."""
+    """Whether this very config has been trained to its end in its folder, and its held-out samples are written."""
     run = Path(config.run)
-    if not (run / "summary.json").is_file():
+    last = "samples.json" if config.data.eval else "summary.json"
+    if not ((run / "summary.json").is_file() and (run / last).is_file()):
         return False
     return fingerprint_tree(load_config(str(run / "config.yaml"))) == fingerprint_tree(config)
 

@@ -157,7 +157,8 @@ def test_schema(run, vlmtune):
     assert (code, err) == (0, "")
     schema = json.loads(out)
     resolved = yaml.safe_load((run / "config.yaml").read_text())
-    assert schema["required"] == ["model", "data", "plan"] and set(schema["properties"]) == set(resolved)
+    assert schema["anyOf"] == [{"required": ["model", "data", "plan"]}, {"required": ["stages"]}]
+    assert set(schema["properties"]) == {*resolved, "stages"}
     sections = {"data": "Data", "optim": "Optim", "train": "Train", "checkpoint": "Checkpoint", "evaluate": "Evaluate"}
     for key, definition in sections.items():
         assert set(schema["$defs"][definition]["properties"]) == set(resolved[key])

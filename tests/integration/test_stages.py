@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,11 @@ from safetensors.torch import load_file
 from test_resume import NULL, fork, numbers
 from training_setup import PLAN
 
+from vlmtune import export as export_module
+from vlmtune import run as run_module
+from vlmtune.checkpoint import latest_checkpoint
 from vlmtune.config import load_run_config
-from vlmtune.observe.log import read_history
+from vlmtune.observe.log import History, read_history
 from vlmtune.stages import train_chain
 
 FULL = [{"match": "vision", "train": "frozen"}, {"match": "*", "train": "full", "lr": 1e-3}]
@@ -67,31 +69,69 @@ def result(run: Path) -> dict[str, torch.Tensor]:
     return {f"{file.relative_to(run)}:{key}": value for file in files for key, value in load_file(file).items()}
 
 
+def kill_after_record(stage: str, step: int) -> None:
+    """In a child process: SIGKILL once `step` of `stage` is in its history and before its checkpoint."""
+    before = History.on_step
+
+    def and_die(self, state, metrics):
+        before(self, state, metrics)
+        if stage in str(self.path) and state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    History.on_step = and_die
+
+
+def kill_in_export() -> None:
+    """In a child process: SIGKILL while the exported model is half-written."""
+    before = export_module.save_processor
+
+    def and_die(*arguments):
+        before(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    export_module.save_processor = and_die
+
+
+def kill_in_finish() -> None:
+    """In a child process: SIGKILL between the summary of a run and its samples and page."""
+    run_module.gallery = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(path: Path, prepare) -> None:
+    def work() -> None:
+        prepare()
+        run_quietly(path)
+
+    status = os.waitpid(fork(work), 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it came past the place of the kill"
+
+
 def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(chain, tmp_path):
-    """kill -9 at a random moment of each stage and of what lies between; the same results and one joined history."""
+    """kill -9 at a seeded step inside each stage, in its last lines and in each export: the same results to the bit."""
     run_quietly(chain("whole"))
-    broken = chain("broken")
+    broken, run = chain("broken"), tmp_path / "broken"
     rng = random.Random(0)
-    kills = 0
-    while kills < 12:
-        pid = fork(lambda: run_quietly(broken))
-        time.sleep(rng.uniform(0.3, 1.2))
-        os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
-        if not os.WIFSIGNALED(status):
-            break
-        kills += 1
-    assert kills >= 3, "the chain was too quick to be killed in each stage"
+    for number, (name, steps) in enumerate(STEPS.items(), 1):
+        step = rng.randint(2, steps - 1)
+        killed(broken, lambda folder=f"{number}_{name}", step=step: kill_after_record(folder, step))
+        assert latest_checkpoint(run / f"{number}_{name}" / "checkpoints").name == f"step_{step - 1:06d}"
+        killed(broken, kill_in_finish)
+        assert (run / f"{number}_{name}" / "summary.json").exists()
+        if number < len(STEPS):
+            killed(broken, kill_in_export)
+            assert not (run / f"{number}_{name}" / "exported").exists()
     assert os.waitpid(fork(lambda: run_quietly(broken)), 0)[1] == 0
-    expected, got = result(tmp_path / "whole"), result(tmp_path / "broken")
-    names = {name.replace("/broken/", "/whole/") for name in got}
-    assert names == set(expected)
+    expected, got = result(tmp_path / "whole"), result(run)
+    assert got.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     histories = [
         [numbers(record) for record in read_history(tmp_path / name / "history.jsonl")] for name in ("whole", "broken")
     ]
     assert histories[0] == histories[1]
-    assert not [path for path in (tmp_path / "broken").rglob(".*.tmp")]
+    assert not [path for path in run.rglob(".*.tmp")]
+    for number, name in enumerate(STEPS, 1):
+        folder = run / f"{number}_{name}"
+        assert (folder / "samples.json").is_file() and "not finished" not in (folder / "report.html").read_text()
 
 
 def test_one_history_one_summary_one_page(chain, tmp_path, vlmtune):
@@ -155,6 +195,30 @@ def test_what_cannot_be_merged_is_refused_before_anything_trains(chain, tmp_path
     assert code == 1 and "stage align" in err and "cannot be merged" in err and not (tmp_path / "bottleneck").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.2.data.train=[{path: nowhere.jsonl}]", "stage instruct: data file nowhere.jsonl does not exist"),
+        (
+            "stages.2.plan=[{match: visoin, train: frozen}, {match: '*', train: full}]",
+            "stage instruct: plan: rule 'visoin'",
+        ),
+        ("data.new_tokens=[qzx]", "stage tasks: data.new_tokens: stage align added 'qzx' already"),
+        ("loss.box={read: head}", "stage tasks: its losses read a box head, and so do those of stage align"),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_said_before_the_first_trains(chain, tmp_path, vlmtune, override, said):
+    code, _, err = vlmtune("train", chain("later"), override)
+    assert code == 1 and said in err and not (tmp_path / "later").exists()
+
+
+def test_a_run_folder_may_be_written_with_a_slash(chain, tmp_path, vlmtune):
+    path = chain("slash")
+    assert vlmtune("train", path)[0] == 0
+    code, out, err = vlmtune("train", path, f"run={tmp_path}/./slash/")
+    assert code == 0 and out.count("is finished") == 3, err
+
+
 def test_another_chain_in_the_folder_is_refused(chain, tmp_path, vlmtune):
     path = chain("same")
     assert vlmtune("train", path)[0] == 0
@@ -180,8 +244,6 @@ def test_the_doctor_finds_the_stage_that_failed(chain, tmp_path, vlmtune):
 
 def test_a_signal_inside_a_stage(chain, tmp_path, vlmtune, monkeypatch):
     """A clean exit with a checkpoint of the stage; the chain goes on in it."""
-    from vlmtune.observe.log import History
-
     before = History.on_step
 
     def and_signal(self, state, metrics):
@@ -193,6 +255,8 @@ def test_a_signal_inside_a_stage(chain, tmp_path, vlmtune, monkeypatch):
     path = chain("signal")
     code, _, err = vlmtune("train", path)
     assert code == 143 and "a checkpoint of step 2 is written" in err
+    joined = [(r["stage"], r["stage_step"]) for r in read_history(tmp_path / "signal" / "history.jsonl")]
+    assert joined[-1] == ("tasks", 2), "what stands beside the stages knows of it too"
     monkeypatch.setattr(History, "on_step", before)
     code, out, _ = vlmtune("train", path)
     assert code == 0 and "1_align is finished" in out and "(step 2)" in out

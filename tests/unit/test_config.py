@@ -255,7 +255,7 @@ def test_schema_prints_every_field_with_its_description(capsys, monkeypatch):
         cli.main()
     assert done.value.code in (0, None)
     schema = json.loads(capsys.readouterr().out)
-    assert set(schema["properties"]) == set(Config.model_fields)
+    assert set(schema["properties"]) == {*Config.model_fields, "stages"}
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Optim"]["properties"]["lr"]["default"] == 2e-4
     assert "held-out" in schema["$defs"]["Data"]["properties"]["eval"]["description"]

@@ -75,7 +75,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("run", "failure"),
         ("run", "composition"),
         ("composition", "build"),
-        *(("stages", other) for other in ("build", "config", "export", "outcome", "run")),
+        *(("stages", other) for other in ("build", "build_course", "build_loss", "config", "export", "outcome", "run")),
         *(("doctor", other) for other in ("build", "build_course", "build_loss", "config", "failure")),
     },
     6: {("__main__", "cli")},

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmtune.config import Chain, dump_chain, load_config, load_run_config
+from vlmtune.config import Chain, Stage, config_schema, dump_chain, load_config, load_run_config
 from vlmtune.config.stages import merged
 from vlmtune.errors import VlmtuneError
 
@@ -111,6 +111,32 @@ def test_one_stage_is_picked_by_name(write):
         load_config("debug", ["stage=two"])
 
 
+def test_an_override_that_reaches_no_stage_is_refused(write):
+    """A stage stands over the top level, so what it says must be overridden there; what one stage leaves is reached."""
+    path = write(
+        {"name": "one", "plan": FULL, "train": {"length": 4}, "optim": {"lr": 1e-4}},
+        {"name": "two", "plan": LORA, "train": {"length": 5}},
+    )
+    with pytest.raises(VlmtuneError, match=r"'train.length=2' does nothing, because every stage says train.length"):
+        load_run_config(path, ["train.length=2"])
+    with pytest.raises(VlmtuneError, match=r"stage one says optim.lr itself; write stages.0.optim.lr=3e-4"):
+        load_config(path, ["optim.lr=3e-4", "stage=one"])
+    assert load_config(path, ["optim.lr=3e-4", "stage=two"]).optim.lr == 3e-4
+    assert load_config(path, ["stages.0.train.length=2", "stage=one"]).train.length == 2
+    with pytest.raises(VlmtuneError, match="'plan.0.train=lora' does nothing"):
+        load_run_config(path, ["plan=[{match: '*', train: full}]", "plan.0.train=lora"][1:])
+    chain = load_run_config(path, ["optim.lr=3e-4", "train.seed=7"])
+    assert [c.optim.lr for c in chain.stages.values()] == [1e-4, 3e-4]
+    assert [c.train.seed for c in chain.stages.values()] == [7, 7]
+
+
+def test_the_schema_knows_stages():
+    schema = config_schema()
+    assert schema["properties"]["stages"]["items"] == {"$ref": "#/$defs/Stage"}
+    assert set(schema["$defs"]["Stage"]["properties"]) == set(Stage.model_fields)
+    assert {"required": ["stages"]} in schema["anyOf"] and "required" not in schema
+
+
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
@@ -124,6 +150,7 @@ def test_one_stage_is_picked_by_name(write):
         ([{"name": "one", "plan": FULL}, {"name": "two"}], "stage two: plan is required"),
         ([{"name": "one", "plan": FULL, "optim": {"lrr": 1}}, {"name": "two"}], "stage one: unknown key optim.lrr"),
         ([{"plan": FULL}, {"name": "two", "plan": FULL}], "stages.0.name is required"),
+        ([{"name": "one", "plan": FULL, "loss": None}, {"name": "two", "plan": FULL}], "stages.0: loss is null"),
         ("none", "stages: "),
     ],
 )

@@ -6,7 +6,15 @@ A file is YAML; `key=value` on the command line overrides one leaf (`optim.lr=1e
 from vlmtune.config.course import Checkpoint, Evaluate, Optim, Stability, Train
 from vlmtune.config.data import INHERIT, Data, Negatives, Sampling, Source
 from vlmtune.config.learning_rate import LrSegment
-from vlmtune.config.load import differing_keys, dump_config, load_config, load_run_config, parse_config, recipe_names
+from vlmtune.config.load import (
+    config_schema,
+    differing_keys,
+    dump_config,
+    load_config,
+    load_run_config,
+    parse_config,
+    recipe_names,
+)
 from vlmtune.config.loss import Balance, BoxTerm, ExposureTerm, Loss, ReferringTerm
 from vlmtune.config.plan import Quantise, RankKind, Rule
 from vlmtune.config.stages import EXPORTED, Chain, Stage, dump_chain, stage_folder
@@ -16,6 +24,6 @@ from vlmtune.config.whole import Config
 __all__ = [
     "EXPORTED", "INHERIT", "Balance", "BoxTerm", "Chain", "Checkpoint", "Config", "Data", "Evaluate", "ExposureTerm",
     "Loss", "LrSegment", "Negatives", "Optim", "Quantise", "RankKind", "ReferringTerm", "Rule", "Sampling", "Source",
-    "Stability", "Stage", "Strict", "Train", "differing_keys", "dump_chain", "dump_config", "load_config",
-    "load_run_config", "parse_config", "recipe_names", "stage_folder",
+    "Stability", "Stage", "Strict", "Train", "config_schema", "differing_keys", "dump_chain", "dump_config",
+    "load_config", "load_run_config", "parse_config", "recipe_names", "stage_folder",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -62,7 +63,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises VlmtuneError listing every complaint at once.
     """
     picked = [override.partition("=")[2] for override in overrides if override.startswith("stage=")]
-    found = load_run_config(name, [override for override in overrides if not override.startswith("stage=")])
+    found = _load(name, [o for o in overrides if not o.startswith("stage=")], picked[-1] if picked else None)
     if isinstance(found, Config):
         if picked:
             raise VlmtuneError(f"{name} has no stages; leave out stage={picked[-1]}.")
@@ -77,6 +78,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
 def load_run_config(name: str, overrides: Sequence[str] = ()) -> Config | Chain:
     """As `load_config`, for what can run all stages of a chain."""
+    return _load(name, overrides, None)
+
+
+def _load(name: str, overrides: Sequence[str], picked: str | None) -> Config | Chain:
+    """picked: the only stage that is wanted; an override that does not reach it is refused."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -99,7 +105,25 @@ def load_run_config(name: str, overrides: Sequence[str] = ()) -> Config | Chain:
         raise VlmtuneError(f"{where}: a config is a mapping with the keys {', '.join(Config.model_fields)}.")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_chain(tree, where) if "stages" in tree else parse_config(tree, where)
+    if "stages" not in tree:
+        return parse_config(tree, where)
+    chain = parse_chain(tree, where)
+    _require_reach(overrides, [Stage.model_validate(stage) for stage in tree["stages"]], picked)
+    return chain
+
+
+def _require_reach(overrides: Sequence[str], stages: Sequence[Stage], picked: str | None) -> None:
+    """Refuse overrides of the top level that every stage (or the picked one) says otherwise: they would do nothing."""
+    numbers = [n for n, stage in enumerate(stages) if picked is None or stage.name == picked]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        path = key.split(".")
+        if path[0] != "stages" and numbers and all(stages[n].says(path) for n in numbers):
+            who = f"stage {picked} says" if picked else "every stage says"
+            raise VlmtuneError(
+                f"override {override!r} does nothing, because {who} {key} itself; write "
+                f"stages.{numbers[0]}.{key}={value}."
+            )
 
 
 def parse_config(tree: dict, where: str = "config") -> Config:
@@ -123,6 +147,8 @@ def parse_chain(tree: dict, where: str = "config") -> Chain:
     if twice:
         raise VlmtuneError(f"{where}: two stages are called {twice[0]!r}; give each a name of its own.")
     run = top.get("run", Config.model_fields["run"].default)
+    if isinstance(run, str) and run:
+        run = os.path.normpath(run)  # part of the next stage's model: runs/a/ and runs/a are one folder
     configs: dict[str, Config] = {}
     model = top.get("model")
     for number, stage in enumerate(stages, 1):
@@ -130,7 +156,33 @@ def parse_chain(tree: dict, where: str = "config") -> Chain:
         whole = stage.over(top) | {"run": folder} | ({} if model is None else {"model": model})
         configs[stage.name] = parse_config(whole, f"{where}, stage {stage.name}")
         model = f"{folder}/{EXPORTED}"
+    _require_tokens_added_once(configs, where)
     return Chain(run, configs)
+
+
+def _require_tokens_added_once(configs: dict[str, Config], where: str) -> None:
+    """The exported model of a stage has its new tokens, so a later one cannot add them again."""
+    added: dict[str, str] = {}
+    for name, config in configs.items():
+        for token in config.data.new_tokens:
+            if token in added:
+                raise VlmtuneError(
+                    f"{where}, stage {name}: data.new_tokens: stage {added[token]} added {token!r} already, and "
+                    f"this one starts from its result; list it under stage {added[token]} alone."
+                )
+        added |= dict.fromkeys(config.data.new_tokens, name)
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON Schema of a config file: of one run, or of a chain, whose sections may be spread over its stages."""
+    schema, stage = Config.model_json_schema(), Stage.model_json_schema()
+    required = schema.pop("required")
+    schema["$defs"]["Stage"] = stage
+    schema["properties"]["stages"] = {
+        "type": "array", "minItems": 2, "items": {"$ref": "#/$defs/Stage"},
+        "description": "runs that start from each other's results; then the top level may be incomplete",
+    }  # fmt: skip
+    return schema | {"anyOf": [{"required": required}, {"required": ["stages"]}]}
 
 
 def _complaint(error: Any) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlmtune.config.values import Strict, checked
 from vlmtune.config.whole import Config
@@ -34,6 +35,24 @@ class Stage(Strict):
     stability: dict[str, Any] | None = Field(None, description="over the top level's, key by key")
     checkpoint: dict[str, Any] | None = Field(None, description="over the top level's, key by key")
     evaluate: dict[str, Any] | None = Field(None, description="over the top level's, key by key")
+
+    @model_validator(mode="after")
+    def _sections_say_something(self) -> Stage:
+        empty = [name for name in sorted(self.model_fields_set) if getattr(self, name) is None]
+        if empty:
+            raise ValueError(f"{empty[0]} is null; leave it out, or write the keys in which this stage differs")
+        return self
+
+    def says(self, path: Sequence[str]) -> bool:
+        """Whether it replaces what the top level has at `path` ("train", "length"), so that nothing of that is left."""
+        node: Any = self.model_dump(exclude_none=True)
+        for step in path:
+            if not isinstance(node, dict):
+                return True
+            if step not in node:
+                return False
+            node = node[step]
+        return not isinstance(node, dict)
 
     def over(self, top: dict[str, Any]) -> dict[str, Any]:
         """The tree of this stage: mappings merge key by key, lists and values replace."""
