@@ -28,7 +28,8 @@ from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.schedule import Piecewise, Rate, cosine_with_warmup, piecewise
-from vlmtune.trainer import Settings, Trainer, TrainingModule
+from vlmtune.step import TrainingModule
+from vlmtune.trainer import Settings, Trainer
 from vlmtune.types import Batch, Encoded
 
 WORDS = (

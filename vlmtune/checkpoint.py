@@ -14,7 +14,6 @@ Files are written to a temporary sibling, synced and renamed: a folder with a fi
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import json
 import os
@@ -36,7 +35,10 @@ from vlmtune.adapt.plan import Plan
 from vlmtune.adapt.record import plan_record, require_same_plan
 from vlmtune.adapt.state import load_adapters, load_trained, save_adapters, trained_state
 from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
+from vlmtune.paths import DISK_FULL, sync
+from vlmtune.probe import FILE as PROBE_FILE
 from vlmtune.probe import Probe
+from vlmtune.sealed import digests, read_sealed, require_whole, seal
 from vlmtune.types import VlmtuneError
 
 FORMAT = 1
@@ -111,11 +113,11 @@ def save_checkpoint(
         draft.mkdir(parents=True)
         _write(draft, model, plan, optimizer, state, fingerprint, objective, recorded)
         for path in [*draft.rglob("*"), draft]:
-            _sync(path)
+            sync(path)
         if folder.exists():
             remove_checkpoint(folder)
         os.replace(draft, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise VlmtuneError(_not_written(folder, error)) from error
@@ -148,16 +150,15 @@ def _write(
         for path in recorded.companions:
             if path.is_file():
                 shutil.copyfile(path, draft / path.name)
-    described["files"] = {str(p.relative_to(draft)): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
-    described["checksum"] = _checksum(described)
-    (draft / "state.json").write_text(json.dumps(described, indent=1))
+    described["files"] = digests(draft)
+    (draft / "state.json").write_text(seal(described))
 
 
 def _not_written(folder: Path, error: Exception) -> str:
     """One sentence on a checkpoint that could not be written."""
     others = latest_checkpoint(folder.parent)
     left = f"{others.name} is whole and" if others else "no earlier checkpoint exists, so"
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
+    full = getattr(error, "errno", None) in DISK_FULL or "os error 28" in str(error)
     remedy = "free some space" if full else "make the folder writable"
     return (
         f"{folder} could not be written ({error}); {left} the same command continues"
@@ -181,26 +182,14 @@ def remove_leftovers(folder: Path) -> None:
 
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint. Raises VlmtuneError if it is absent, not whole, or of an unknown format."""
-    path = folder / "state.json"
-    try:
-        described = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise VlmtuneError(f"{folder} is not a checkpoint: {path.name} is missing.") from error
-    except ValueError as error:
-        raise VlmtuneError(f"{path} is damaged ({error}); {OTHER}.") from error
-    written_as = described.get("format") if isinstance(described, dict) else None
-    if written_as != FORMAT:
-        raise VlmtuneError(f"{path} has format {written_as!r}, not {FORMAT}; use the version that wrote it.")
-    if described.pop("checksum", None) != _checksum(described):
-        raise VlmtuneError(f"{path} is damaged (its checksum differs); {OTHER}.")
-    return described
+    return read_sealed(folder / "state.json", FORMAT, "checkpoint", OTHER)
 
 
 def load_weights(folder: Path, model: torch.nn.Module, plan: Plan) -> dict:
     """Put a checkpoint's weights into a model to which its plan was applied; returns state.json."""
     folder = folder.resolve()  # "latest" is a link; what is damaged, and may be deleted, is the folder behind it
     described = read_state(folder)
-    _verify(folder, described)
+    require_whole(folder, described["files"], OTHER)
     if described.get("new_tokens", NO_NEW_TOKENS) != _new_tokens(plan):
         raise VlmtuneError(
             f"{folder}: its new tokens have other rows than they would get now; the base model's tokenizer or the list "
@@ -236,17 +225,18 @@ def load_checkpoint(
 
 
 def copy_weights(checkpoint: Path, folder: Path) -> None:
-    """A checkpoint without what only a resume needs: the states of optimizer, loss and random generators."""
+    """A checkpoint without what only a resume needs (the states of optimizer, loss and random generators, the history),
+    and without the stored samples: whoever passes an adapter on does not pass on training data."""
     described = read_state(checkpoint)
-    _verify(checkpoint, described)
-    for_resume = ("optimizer.safetensors", "objective.safetensors", "history.jsonl")
-    described["files"] = {name: digest for name, digest in described["files"].items() if name not in for_resume}
+    require_whole(checkpoint, described["files"], OTHER)
+    left_out = ("optimizer.safetensors", "objective.safetensors", "history.jsonl", "gradients.jsonl", PROBE_FILE)
+    described["files"] = {name: digest for name, digest in described["files"].items() if name not in left_out}
     for name in described["files"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint / name, folder / name)
     described["rng"] = {}
-    described["checksum"] = _checksum(described)
-    (folder / "state.json").write_text(json.dumps(described, indent=1))
+    described.pop("probe", None)
+    (folder / "state.json").write_text(seal(described))
 
 
 def _new_tokens(plan: Plan) -> dict:
@@ -277,7 +267,7 @@ def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     complaints: list[str] = []
     for path in reversed(checkpoint_folders(folder)):
         try:
-            _verify(path, read_state(path))
+            require_whole(path, read_state(path)["files"], OTHER)
         except VlmtuneError as error:
             complaints.append(str(error).partition(";")[0])
         else:
@@ -347,29 +337,3 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise VlmtuneError(f"{path} is missing or damaged ({error}); {OTHER}.") from error
-
-
-def _verify(folder: Path, described: dict) -> None:
-    for name, digest in described["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise VlmtuneError(f"{path} is missing; {OTHER}.")
-        if _digest(path) != digest:
-            raise VlmtuneError(f"{path} is damaged (its checksum differs); {OTHER}.")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checksum(described: dict) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

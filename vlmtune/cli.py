@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.interrupt import Interrupted, StopRequest
-from vlmtune.paths import require_folder, require_new_file
+from vlmtune.paths import DISK_FULL, require_folder, require_new_file
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Supervised fine-tuning of vision-language models that shows its evidence.",
 )
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # a log file has no width of its own; tables need about 110 columns
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)

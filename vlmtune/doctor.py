@@ -27,7 +27,7 @@ from vlmtune.models.quantise import place
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.schedule import learning_rates
-from vlmtune.trainer import TrainingModule
+from vlmtune.step import TrainingModule
 from vlmtune.types import Finding, VlmtuneError
 
 SHOWN = 8  # values of a history, samples of a step

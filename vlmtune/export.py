@@ -7,10 +7,6 @@ adapter: what plain peft loads where the plan allows it, else a folder that `vlm
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +30,7 @@ from vlmtune.models.load import save_processor, stored_dtype
 from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.readouts import detach_readouts
 from vlmtune.optim.precision import Precision, autocast
+from vlmtune.paths import new_folder
 from vlmtune.types import Batch, VlmtuneError
 from vlmtune.use import Loaded, find_checkpoint, load_run
 
@@ -59,22 +56,6 @@ def export_run(run: Path, checkpoint: str, folder: Path, console: Console, form:
     if form == "adapter":
         return _export_adapter(loaded, run, checkpoint, folder, console)
     return _export_merged(loaded, run, checkpoint, folder, console)
-
-
-@contextmanager
-def _draft(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place at the end, or vanishes."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        for file in draft.rglob("*"):  # safetensors writes files that only their owner may read
-            if file.is_file():
-                shutil.copymode(draft / "vlmtune_export.json", file)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 @torch.inference_mode()
@@ -110,7 +91,7 @@ def _export_merged(loaded: Loaded, run: Path, checkpoint: str, folder: Path, con
         loaded.model.config.coordinates = loaded.encoder.coordinates.name
     _stop_at_end_of_reply(loaded)
     dtype = stored_dtype(loaded.model_path)
-    with _draft(folder) as draft:
+    with new_folder(folder) as draft:
         loaded.model.to(dtype).save_pretrained(draft)
         if readouts:
             save_file(readouts, draft / "heads.safetensors", metadata={"format": "pt"})
@@ -178,7 +159,7 @@ def _export_adapter(loaded: Loaded, run: Path, checkpoint: str, folder: Path, co
     batch = _probe_batch(loaded)
     reference = _logits(loaded.model, batch)
     step = _step_of(run, checkpoint)
-    with _draft(folder) as draft:
+    with new_folder(folder) as draft:
         if reason:
             _write_bundle(loaded, run, checkpoint, draft)
             again = load_run(draft, "latest", as_stored=False).model

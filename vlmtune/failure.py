@@ -12,10 +12,7 @@ failure.json is written last: a folder that has one is complete. No pickle.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +23,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,15 +30,22 @@ from vlmtune.checkpoint import restore_rng, rng_state
 from vlmtune.checks.causes import rank_causes
 from vlmtune.checks.examine import Picture, examine_inputs, pictures_of
 from vlmtune.checks.nonfinite import Origin, first_nonfinite
+from vlmtune.data.batch import batches_of, tensors_of
 from vlmtune.data.encode import Encoder
 from vlmtune.losses.objective import StepWeights
 from vlmtune.models.batchnorm import SharedTower
+from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.optim.clip import gradient_norms
 from vlmtune.optim.precision import autocast
-from vlmtune.trainer import TrainingModule
-from vlmtune.types import Batch, Finding, Kind, Region, VlmtuneError
+from vlmtune.paths import write_text, write_whole
+from vlmtune.recovery import NonFinite
+from vlmtune.sealed import digest, read_sealed, require_whole, seal
+from vlmtune.step import TrainingModule
+from vlmtune.trainer import Trainer
+from vlmtune.types import Batch, Finding, Kind
 
 FORMAT = 1
+BATCH = "batch.safetensors"
 REQUIRED = ("step", "progress", "precision", "scale", "lr", "norm_history", "loss_history")
 DAMAGED = "the failure cannot be replayed; the other files are still readable"
 MAGENTA = (255, 0, 255)
@@ -306,10 +309,10 @@ def save_failure(
         raise ValueError(f"the record of a failure lacks {', '.join(missing)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "failure.json").unlink(missing_ok=True)
-    tensors, described = _flat(micro_batches)
-    _whole(folder / "batch.safetensors", lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
+    tensors, described = tensors_of(micro_batches)
+    write_whole(folder / BATCH, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
     if encoder is not None:
-        _whole(folder / "samples.txt", lambda draft: draft.write_text(_readable(micro_batches, encoder)))
+        write_text(folder / "samples.txt", _readable(micro_batches, encoder))
         shutil.rmtree(folder / "images", ignore_errors=True)
         _write_images(folder / "images", micro_batches, encoder)
     whole = {
@@ -318,79 +321,22 @@ def save_failure(
         "micro_batches": described,
         "rng": rng,
         "diagnosis": None if diagnosis is None else json_values(diagnosis.record()),
-        "files": {"batch.safetensors": _digest((folder / "batch.safetensors").read_bytes())},
+        "files": {BATCH: digest(folder / BATCH)},
     }
-    whole["checksum"] = _checksum(whole)
-    _whole(folder / "failure.json", lambda draft: draft.write_text(json.dumps(whole, indent=1)))
+    write_text(folder / "failure.json", seal(whole))
 
 
 def load_failure(folder: Path) -> Failure:
     """Exactly what was saved. Raises VlmtuneError naming the file that is missing or damaged."""
-    path = folder / "failure.json"
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise VlmtuneError(f"{folder} is not a saved failure: {path.name} is missing.") from error
-    except ValueError as error:
-        raise VlmtuneError(f"{path} is damaged ({error}); {DAMAGED}.") from error
-    written_as = record.get("format") if isinstance(record, dict) else None
-    if written_as != FORMAT:
-        raise VlmtuneError(f"{path} has format {written_as!r}, not {FORMAT}; use the version that wrote it.")
-    if record.pop("checksum", None) != _checksum(record):
-        raise VlmtuneError(f"{path} is damaged (its checksum differs); {DAMAGED}.")
-    batch = folder / "batch.safetensors"
-    try:
-        if _digest(batch.read_bytes()) != record["files"][batch.name]:
-            raise VlmtuneError(f"{batch} is damaged (its checksum differs); {DAMAGED}.")
-        tensors = load_file(batch)
-    except (OSError, SafetensorError) as error:
-        raise VlmtuneError(f"{batch} is missing or damaged ({error}); {DAMAGED}.") from error
-    micro_batches = _batches(tensors, record.pop("micro_batches"))
+    record = read_sealed(folder / "failure.json", FORMAT, "saved failure", DAMAGED)
+    require_whole(folder, record["files"], DAMAGED)
+    tensors = load_file(folder / BATCH)
+    micro_batches = batches_of(tensors, record.pop("micro_batches"))
     rng, diagnosis = record.pop("rng"), record.pop("diagnosis")
     record["norm_history"] = [{rule: float(norm) for rule, norm in step.items()} for step in record["norm_history"]]
     record["loss_history"] = [float(loss) for loss in record["loss_history"]]
     record["scale"] = float(record["scale"])
     return Failure(folder, micro_batches, record, rng, None if diagnosis is None else Diagnosis.of_record(diagnosis))
-
-
-def _flat(micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[dict]]:
-    """Every tensor by name, and what is not a tensor."""
-    tensors: dict[str, Tensor] = {}
-    described = []
-    for number, batch in enumerate(micro_batches):
-        tensors |= {f"{number}/inputs/{name}": value for name, value in batch.inputs.items()}
-        tensors[f"{number}/kinds"] = batch.kinds
-        regions = []
-        for place, (row, region) in enumerate(batch.regions):
-            parts = {name: getattr(region, name) for name in ("box", "patches", "mask")}
-            tensors |= {f"{number}/regions/{place}/{name}": v for name, v in parts.items() if v is not None}
-            plain = {name: getattr(region, name) for name in ("at", "list_of", "is_answer", "image")}
-            regions.append({"row": row, **plain})
-        described.append({"samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions})
-    # cloned: samples of one batch may share memory, which safetensors refuses
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, described
-
-
-def _batches(tensors: dict[str, Tensor], described: list[dict]) -> list[Batch]:
-    batches = []
-    for number, batch in enumerate(described):
-        start = f"{number}/inputs/"
-        inputs = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-        regions = []
-        for place, plain in enumerate(batch["regions"]):
-            parts = {name: tensors.get(f"{number}/regions/{place}/{name}") for name in ("box", "patches", "mask")}
-            regions.append((plain["row"], Region(**{k: v for k, v in plain.items() if k != "row"}, **parts)))
-        batches.append(Batch(inputs, tensors[f"{number}/kinds"], batch["tasks"], batch["samples"], regions))
-    return batches
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Written beside, synced, renamed."""
-    draft = path.with_name(f".{path.name}.tmp")
-    write(draft)
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def json_values(value: Any) -> Any:
@@ -402,12 +348,35 @@ def json_values(value: Any) -> Any:
     return [json_values(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+# ---- in a run ------------------------------------------------------------------------------------------------------
 
 
-def _checksum(record: dict) -> str:
-    return _digest(json.dumps(record, sort_keys=True).encode())
+def investigator(folder: Path, trainer: Trainer, encoder: Encoder) -> Callable[[NonFinite, dict], str]:
+    """What happens at a step that is not finite: it is run again watched, and saved with the weights it had."""
+
+    def investigate(failure: NonFinite, rng: dict) -> str:
+        model, settings, state = trainer.model, trainer.settings, trainer.state
+        progress = state.step / settings.total_steps
+        weights = trainer.module.objective.weights(failure.micro_batches, progress)
+        scale = 1.0 if trainer.scale is None else trainer.scale.value
+        norms, losses = [past.norms for past in trainer.history], [past.loss for past in trainer.history]
+        lr = {group["rule"]: group["lr"] for group in trainer.optimizer.param_groups}
+        vocabulary = embedding_rows(model)
+        diagnosis = diagnose(
+            model, trainer.module, failure.micro_batches, weights, settings.precision, scale, rng, norms, losses, lr,
+            vocabulary, encoder, trainer.tower,
+        )  # fmt: skip
+        place = folder / "failures" / failure_name(state.step + 1)
+        record = {
+            "step": state.step, "progress": progress, "precision": settings.precision, "scale": scale, "lr": lr,
+            "norm_history": norms, "loss_history": losses, "what": failure.what,
+            "scale_history": [past.scale for past in trainer.history],
+        }  # fmt: skip
+        trainer.write(place / "checkpoint")
+        save_failure(place, failure.micro_batches, record, rng, diagnosis, encoder)
+        return f"{diagnosis.sentence[0].upper()}{diagnosis.sentence[1:]} Saved in {place}."
+
+    return investigate
 
 
 # ---- for people --------------------------------------------------------------------------------------------------

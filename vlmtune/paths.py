@@ -1,12 +1,20 @@
-"""Can this be written? Asked before the work whose result would be lost. Level 0."""
+"""Can this be written, and how: whole or not at all. Asked before the work whose result would be lost. Level 0."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from vlmtune.errors import VlmtuneError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""errno of a write for which there is no room, or no permission for so much."""
 
 
 def require_new_file(path: Path, what: str) -> Path:
@@ -26,6 +34,47 @@ def require_folder(path: Path, what: str, remedy: str) -> Path:
     if not existing.is_dir() or not _takes_files(existing):
         raise VlmtuneError(f"{what} {path} cannot be written ({existing} is not a writable folder); {remedy}.")
     return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole or not at all."""
+    write_whole(path, lambda draft: draft.write_text(text))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a draft beside `path`, which then takes its place."""
+    draft = path.with_name(f".{path.name}.tmp")
+    write(draft)
+    sync(draft)
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A draft beside `folder` that takes its place at the end, or vanishes. Its files may be read by whoever may read
+    the folder: safetensors writes some that only their owner may."""
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in draft.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(draft.stat().st_mode & 0o666)
+                sync(path)
+        os.replace(draft, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk: a rename must not get there before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _takes_files(folder: Path) -> bool:

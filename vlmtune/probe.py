@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from vlmtune.data.batch import batches_of, tensors_of
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.vlm import VLM
 from vlmtune.optim.precision import Precision, autocast
@@ -50,9 +51,8 @@ class Probe:
 
     def save(self, folder: Path) -> None:
         """Write the samples into a checkpoint."""
-        tensors = {f"inputs/{name}": value.contiguous() for name, value in self.batch.inputs.items()}
-        names = {"tasks": self.batch.tasks, "sample_ids": self.batch.sample_ids}
-        save_file(tensors | {"kinds": self.batch.kinds.contiguous()}, folder / FILE, {"names": json.dumps(names)})
+        tensors, described = tensors_of([self.batch])
+        save_file(tensors, folder / FILE, {"described": json.dumps(described)})
 
     @classmethod
     def load(cls, folder: Path) -> Probe:
@@ -60,11 +60,10 @@ class Probe:
         try:
             with safe_open(folder / FILE, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no iterator
-                names = json.loads(file.metadata()["names"])
+                (batch,) = batches_of(tensors, json.loads(file.metadata()["described"]))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise VlmtuneError(f"{folder / FILE} is missing or damaged ({error}); name another checkpoint.") from error
-        inputs = {name.removeprefix("inputs/"): value for name, value in tensors.items() if name != "kinds"}
-        return cls(Batch(inputs, tensors["kinds"], names["tasks"], names["sample_ids"]))
+        return cls(batch)
 
 
 def require_same_losses(folder: Path, described: dict, model: nn.Module, precision: Precision) -> None:

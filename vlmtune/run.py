@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -70,12 +70,11 @@ from vlmtune.data.sampling import TemperatureOrder
 from vlmtune.data.sources import SampleSource
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
-from vlmtune.failure import diagnose, failure_name, save_failure
+from vlmtune.failure import investigator
 from vlmtune.interrupt import StopRequest
 from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
 from vlmtune.models.vlm import checkpoint_activations
-from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
@@ -83,10 +82,9 @@ from vlmtune.observe.token_view import write_token_view
 from vlmtune.observer import Observer
 from vlmtune.optim.optimizer import usable_here
 from vlmtune.optim.precision import resolve_precision
-from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise, write_text
-from vlmtune.paths import require_folder
+from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
+from vlmtune.paths import require_folder, write_text
 from vlmtune.probe import SAMPLES, Probe, require_same_losses
-from vlmtune.recovery import NonFinite
 from vlmtune.start import (
     MemoryReport,
     Phase,
@@ -285,34 +283,6 @@ def measure(config: Config, made: Prepared, limit: int | None) -> Evaluation:
         made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
     )  # fmt: skip
-
-
-def investigator(folder: Path, trainer: Trainer, encoder: Encoder) -> Callable[[NonFinite, dict], str]:
-    """What happens at a step that is not finite: it is run again watched, and saved with the weights it had."""
-
-    def investigate(failure: NonFinite, rng: dict) -> str:
-        model, settings, state = trainer.model, trainer.settings, trainer.state
-        progress = state.step / settings.total_steps
-        weights = trainer.module.objective.weights(failure.micro_batches, progress)
-        scale = 1.0 if trainer.scale is None else trainer.scale.value
-        norms, losses = [past.norms for past in trainer.history], [past.loss for past in trainer.history]
-        lr = {group["rule"]: group["lr"] for group in trainer.optimizer.param_groups}
-        vocabulary = embedding_rows(model)
-        diagnosis = diagnose(
-            model, trainer.module, failure.micro_batches, weights, settings.precision, scale, rng, norms, losses, lr,
-            vocabulary, encoder, trainer.tower,
-        )  # fmt: skip
-        place = folder / "failures" / failure_name(state.step + 1)
-        record = {
-            "step": state.step, "progress": progress, "precision": settings.precision, "scale": scale, "lr": lr,
-            "norm_history": norms, "loss_history": losses, "what": failure.what,
-            "scale_history": [past.scale for past in trainer.history],
-        }  # fmt: skip
-        trainer.write(place / "checkpoint")
-        save_failure(place, failure.micro_batches, record, rng, diagnosis, encoder)
-        return f"{diagnosis.sentence[0].upper()}{diagnosis.sentence[1:]} Saved in {place}."
-
-    return investigate
 
 
 def probe_of(steps: Steps) -> Probe:

@@ -6,6 +6,7 @@ Progress is a number in [0, 1]: steps done / steps in all.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -149,14 +150,12 @@ def staged(step: int, stretches: Sequence[Stretch], peak: float) -> float:
     The first step of a stretch is one step beyond its start, its last step is at its end, so that a stretch from 1e-6
     over n steps makes n steps of equal size and none twice.
     """
-    first = 0
-    for stretch in stretches:
-        if step < first + stretch.steps or stretch is stretches[-1]:
-            x = min(1.0, (step - first + 1) / stretch.steps)
-            x = 0.5 * (1 - math.cos(math.pi * x)) if stretch.shape == "cosine" else x
-            return (stretch.start + (stretch.to - stretch.start) * x) / peak
-        first += stretch.steps
-    raise AssertionError("a staged schedule has a stretch")
+    ends = list(itertools.accumulate(stretch.steps for stretch in stretches))
+    number = min(bisect.bisect_right(ends, step), len(ends) - 1)  # behind the last one its end holds
+    stretch = stretches[number]
+    x = min(1.0, (step - ends[number] + stretch.steps + 1) / stretch.steps)
+    x = 0.5 * (1 - math.cos(math.pi * x)) if stretch.shape == "cosine" else x
+    return (stretch.start + (stretch.to - stretch.start) * x) / peak
 
 
 @dataclass(frozen=True)

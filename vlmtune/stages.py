@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmtune.adapt.plan import assign_rules
+from vlmtune.adapt.serving import NONLINEAR
 from vlmtune.build import build_eval_groups, build_train, fingerprint_tree, resolve_model
 from vlmtune.build_course import policies
 from vlmtune.build_loss import wanted_readouts
@@ -28,12 +29,10 @@ from vlmtune.models.readouts import attach_readouts
 from vlmtune.observe.log import read_history
 from vlmtune.observe.page import write_page
 from vlmtune.observer import Observer
-from vlmtune.outcome import write_text
-from vlmtune.paths import require_folder
+from vlmtune.paths import require_folder, write_text
 from vlmtune.run import train
 from vlmtune.types import Finding, VlmtuneError
 
-UNMERGEABLE = ("adapter", "cross_modal", "prefix")  # no weight stands for them
 EVERY_SECONDS = 20  # between two looks at the running stage
 
 
@@ -84,7 +83,7 @@ def _require_mergeable(chain: Chain) -> None:
     *others, _ = chain.stages.items()
     for name, config in others:
         for rule in config.plan:
-            if rule.train in UNMERGEABLE:
+            if rule.train in NONLINEAR:
                 raise VlmtuneError(
                     f"stage {name}: rule {rule.match!r} says {rule.train}, which cannot be merged, but the next stage "
                     "starts from a merged model; use lora or full here, or make it the last stage."

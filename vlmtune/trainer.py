@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 
 from vlmtune.adapt.plan import Plan
 from vlmtune.adapt.state import trained_buffers
@@ -32,7 +31,6 @@ from vlmtune.checks.during import LossWatch, judge_overflow, judge_statistics
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.batchnorm import SharedTower
-from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.observer import Observer
@@ -44,6 +42,7 @@ from vlmtune.optim.unfreeze import set_active
 from vlmtune.probe import Probe
 from vlmtune.recovery import NonFinite, Recovery, Snapshot
 from vlmtune.schedule import Rate
+from vlmtune.step import StepLosses, TrainingModule
 from vlmtune.types import Batch, Finding, VlmtuneError
 
 HISTORY = 200  # steps whose loss and norm are remembered for a diagnosis
@@ -91,53 +90,6 @@ class LossDriven(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
-
-
-class TrainingModule(nn.Module):
-    """Model and objective as one module: what a distributed engine wraps."""
-
-    def __init__(self, vlm: VLM, objective: Objective):
-        super().__init__()
-        self.vlm, self.objective = vlm, objective
-
-    def forward(self, batch: Batch, step: StepWeights) -> Losses:
-        states = self.vlm(batch, step.kinds, self.objective.read(self.vlm, batch, step))
-        return self.objective(states, self.vlm.head, batch, step, readouts_of(self.vlm.model))
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """Of one optimizer step: what was minimised, the mean of every task, weighted by kind of token and plain, and the
-    means of further terms."""
-
-    total: float
-    tasks: dict[str, float]
-    plain: dict[str, float]
-    terms: dict[str, float]
-
-    @classmethod
-    def of(cls, parts: Sequence[Losses]) -> StepLosses:
-        """Add up the micro-batches, with one wait for the device."""
-        named = [
-            (key, value)
-            for part in parts
-            for key, value in [
-                (("total", ""), part.total),
-                *((("task", name), value) for name, value in part.tasks.items()),
-                *((("plain", name), value) for name, value in part.plain.items()),
-                *((("term", name), value) for name, value in part.terms.items()),
-            ]
-        ]
-        sums: dict[tuple[str, str], float] = {}
-        values = torch.stack([value for _, value in named]).tolist()
-        for (key, _), value in zip(named, values, strict=True):
-            sums[key] = sums.get(key, 0.0) + value
-        return cls(
-            sums[("total", "")],
-            {name: value for (group, name), value in sums.items() if group == "task"},
-            {name: value for (group, name), value in sums.items() if group == "plain"},
-            {name: value for (group, name), value in sums.items() if group == "term"},
-        )
 
 
 @dataclass(frozen=True)

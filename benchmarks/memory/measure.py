@@ -168,7 +168,7 @@ def steps(config, case: Case, shape) -> int:
     from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
     from vlmtune.optim.clip import clip_gradients
     from vlmtune.optim.precision import autocast
-    from vlmtune.trainer import TrainingModule
+    from vlmtune.step import TrainingModule
 
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")

@@ -50,7 +50,8 @@ from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.optim.statistics import GradientStatistics, Row
 from vlmtune.schedule import Length
-from vlmtune.trainer import MEASURED, TrainingModule
+from vlmtune.step import TrainingModule
+from vlmtune.trainer import MEASURED
 from vlmtune.types import Batch
 
 ROUNDS = 15

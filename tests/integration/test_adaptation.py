@@ -141,7 +141,15 @@ def test_the_mixed_plan_from_start_to_export(vlmtune, write_config, rows, inputs
     assert code == 1 and "bottleneck adapters cannot be merged" in err and "--as adapter" in err
     code, out, err = vlmtune("export", run, tmp_path / "adapter", "--as", "adapter")
     assert (code, err) == (0, "") and "peft has no bottleneck adapters" in out
-    assert not list((tmp_path / "adapter").rglob("optimizer.safetensors"))
+    kept = {path.name for path in (tmp_path / "adapter" / "checkpoints" / "latest").rglob("*") if path.is_file()}
+    assert kept == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "plan.json",
+        "state.json",
+        "trained.safetensors",
+    }
+    assert "losses" not in json.loads((tmp_path / "adapter/checkpoints/latest/state.json").read_text()), "no samples"
     shutil.move(run, tmp_path / "elsewhere")
     one = logits_of(load_run(tmp_path / "elsewhere", "latest").model, inputs)
     other = logits_of(load_run(tmp_path / "adapter", "latest").model, inputs)

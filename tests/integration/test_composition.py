@@ -21,7 +21,7 @@ from vlmtune.losses.referring import HeadBoxLoss, ReferringLoss
 from vlmtune.losses.weights import TokenWeights
 from vlmtune.models.vlm import VLM
 from vlmtune.schedule import piecewise
-from vlmtune.trainer import TrainingModule
+from vlmtune.step import TrainingModule
 
 TASKS = ["caption", "grounding", "referring"]
 INITIAL = {"caption": 2.0, "grounding": 1.0, "referring": 0.5}

@@ -10,20 +10,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from training_setup import PLAN
 
 from vlmtune.config import load_config
 from vlmtune.failure import load_failure
 
 EXPLODES = {"lr": 1e30, "warmup": 0}  # AdamW's first update is about the learning rate itself
-
-
-PLAN = [
-    {"match": "vision", "train": "frozen"},
-    {"match": "projector", "train": "full"},
-    {"match": "language", "train": "lora", "rank": 4, "dropout": 0.1},
-    {"match": "embed", "train": "frozen"},
-    {"match": "lm_head", "train": "frozen"},
-]
 
 
 def run_of(config: Path) -> Path:

@@ -17,7 +17,7 @@ from vlmtune.models.load import load_model
 from vlmtune.models.vlm import VLM
 from vlmtune.observe.log import read_history
 from vlmtune.optim.precision import autocast
-from vlmtune.trainer import TrainingModule
+from vlmtune.step import TrainingModule
 from vlmtune.types import Batch, supervised_mask
 
 CPU = torch.device("cpu")

@@ -16,61 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from safetensors.torch import load_file
+from run_setup import final_tensors, fork, numbers, train_quietly, wait_for_step
 from training_setup import make_trainer, write_data
 
 from vlmtune import checkpoint as checkpoint_module
 from vlmtune.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, read_state
 from vlmtune.config import load_config
 from vlmtune.observe.log import read_history
-from vlmtune.run import train
 from vlmtune.types import VlmtuneError
-
-NULL = Path(os.devnull)
-
-
-def fork(work) -> int:
-    """Run `work` in a child process that never returns into pytest; its exit code is 0 only if `work` came back."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException as error:
-        os.write(2, f"child: {error!r}\n".encode())
-    finally:
-        os._exit(code)
-
-
-def train_quietly(config: Path) -> dict:
-    with NULL.open("w") as nowhere:
-        return train(load_config(str(config)), Console(file=nowhere))
-
-
-def wait_for_step(run: Path, step: int, pid: int) -> None:
-    """Until the child has a checkpoint of at least `step`."""
-    for _ in range(6000):
-        newest = latest_checkpoint(run / "checkpoints")
-        if newest is not None and int(newest.name.removeprefix("step_")) >= step:
-            return
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0), f"the child ended before step {step}"
-        time.sleep(0.005)
-    raise AssertionError(f"no step {step} within 30 s")
-
-
-def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / "latest"
-    names = ("trained.safetensors", "adapter/adapter_model.safetensors", "optimizer.safetensors")
-    return {f"{name}:{key}": value for name in names for key, value in load_file(folder / name).items()}
-
-
-def numbers(record: dict) -> dict:
-    """A line of history without the times."""
-    timed = ("seconds", "data_wait", "per_second")
-    return {key: value for key, value in record.items() if not key.endswith(timed)}
 
 
 def test_ten_kills_in_one_run(write_config):
@@ -152,7 +105,7 @@ def die_before(call: int, monkeypatch) -> None:
 
         return operation
 
-    for name in ("save_file", "save_adapters", "_sync", "_digest", "remove_checkpoint"):
+    for name in ("save_file", "save_adapters", "sync", "digests", "remove_checkpoint"):
         monkeypatch.setattr(checkpoint_module, name, counted(getattr(checkpoint_module, name)))
     monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
     monkeypatch.setattr(os, "replace", counted(os.replace))
@@ -166,7 +119,7 @@ def die_before(call: int, monkeypatch) -> None:
 def test_killed_before_each_file_operation_of_a_save(step, saved, monkeypatch, tmp_path):
     """Whatever the moment, the newest checkpoint is whole: it loads, and the next save works and leaves no litter."""
     trainer, folder = saved.trainer, tmp_path / "checkpoints"
-    monkeypatch.setattr(checkpoint_module, "_sync", lambda path: None)  # what is written survives a kill without it
+    monkeypatch.setattr(checkpoint_module, "sync", lambda path: None)  # what is written survives a kill without it
     shutil.copytree(folder, tmp_path / "pristine", symlinks=True)
     deaths = 0
     for call in range(200):

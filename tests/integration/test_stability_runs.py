@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from run_setup import final_tensors, fork, numbers, train_quietly
 from safetensors.torch import load_file, save_file
-from test_resume import final_tensors, fork, numbers, train_quietly
 
 from vlmtune import cli
 from vlmtune.checkpoint import latest_checkpoint, read_state
@@ -175,7 +175,7 @@ def test_a_checkpoint_is_measured_on_load(finished, tmp_path, vlmtune):
     """The same file names and digests, other weights: as after a renamed key that loads without a complaint."""
     import hashlib
 
-    from vlmtune.checkpoint import _checksum
+    from vlmtune.sealed import seal
 
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run, symlinks=True)
@@ -187,8 +187,7 @@ def test_a_checkpoint_is_measured_on_load(finished, tmp_path, vlmtune):
         (folder / "trained.safetensors").read_bytes()
     ).hexdigest()
     del described["checksum"]
-    described["checksum"] = _checksum(described)
-    (folder / "state.json").write_text(json.dumps(described))
+    (folder / "state.json").write_text(seal(described))
     code, _, err = vlmtune("train", finished / "run.yaml", f"run={run}")
     assert code == 1 and "its three stored samples had the losses" in err and "transformers" in err
 

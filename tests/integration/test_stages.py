@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from run_setup import NULL, fork, numbers
 from safetensors.torch import load_file
-from test_resume import NULL, fork, numbers
 from training_setup import PLAN
 
 from vlmtune import export as export_module

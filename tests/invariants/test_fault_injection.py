@@ -30,7 +30,7 @@ from vlmtune.models.load import load_model
 from vlmtune.models.tiny import FAMILIES
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.optim.precision import autocast
-from vlmtune.trainer import TrainingModule
+from vlmtune.step import TrainingModule
 from vlmtune.types import Batch, Kind, VlmtuneError
 
 NAMES = [*FAMILIES, "embedded"]

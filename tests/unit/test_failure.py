@@ -39,7 +39,7 @@ from vlmtune.models.load import load_processor
 from vlmtune.models.readouts import attach_readouts
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.models.vocabulary import embedding_rows
-from vlmtune.trainer import TrainingModule
+from vlmtune.step import TrainingModule
 from vlmtune.types import Batch, ImageRef, Kind, Sample, Text, Turn, VlmtuneError
 
 RECORD = {

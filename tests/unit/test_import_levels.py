@@ -11,11 +11,11 @@ import vlmtune
 
 PACKAGE = Path(vlmtune.__file__).parent
 LEVELS = (
-    ("errors", "types", "rules", "schedule", "paths", "interrupt", "observer"),
+    ("errors", "types", "rules", "schedule", "paths", "interrupt", "observer", "sealed"),
     ("data", "models", "losses", "optim"),
     ("adapt", "evaluate"),
     ("checks",),
-    ("trainer", "checkpoint", "observe", "probe", "recovery"),
+    ("trainer", "checkpoint", "observe", "probe", "recovery", "step"),
     (
         "config",
         "build",
@@ -45,11 +45,13 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("schedule", "errors"),
         ("paths", "errors"),
         ("observer", "types"),
+        ("sealed", "errors"),
     },
     4: {
         ("trainer", "checkpoint"),
         ("trainer", "probe"),
         ("trainer", "recovery"),
+        ("trainer", "step"),
         ("checkpoint", "probe"),
         ("recovery", "checkpoint"),
     },
@@ -75,7 +77,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("run", "failure"),
         ("run", "composition"),
         ("composition", "build"),
-        *(("stages", other) for other in ("build", "build_course", "build_loss", "config", "export", "outcome", "run")),
+        *(("stages", other) for other in ("build", "build_course", "build_loss", "config", "export", "run")),
         *(("doctor", other) for other in ("build", "build_course", "build_loss", "config", "failure")),
     },
     6: {("__main__", "cli")},

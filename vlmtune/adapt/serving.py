@@ -11,11 +11,12 @@ from vlmtune.adapt.methods import Adapter, alpha_of, rank_of
 from vlmtune.adapt.plan import Plan
 from vlmtune.models.anatomy import anatomy_of, canonical_name, part_of
 
-_NONLINEAR = {
+NONLINEAR = {
     "adapter": "bottleneck adapters",
     "cross_modal": "cross-modal adapters",
     "prefix": "prefixes in the attention",
 }
+"""Method that no weight stands for, so that it cannot be merged -> in words."""
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # its option --max-lora-rank
 
 GGUF_REASON = (
@@ -33,7 +34,7 @@ def why_not_merged(plan: Plan) -> str | None:
 
 def _nonlinear(plan: Plan) -> str:
     methods = {adapter.method for adapter in plan.adapters}
-    return " and ".join(name for method, name in _NONLINEAR.items() if method in methods)
+    return " and ".join(name for method, name in NONLINEAR.items() if method in methods)
 
 
 def why_not_plain_peft(plan: Plan) -> str | None:

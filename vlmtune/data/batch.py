@@ -1,15 +1,15 @@
-"""Encoded samples of unequal length become one padded micro-batch."""
+"""Encoded samples of unequal length become one padded micro-batch; micro-batches as tensors with names, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmtune.types import Batch, Encoded, Kind
+from vlmtune.types import Batch, Encoded, Kind, Region
 
 
 def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right", "left"] = "right") -> Batch:
@@ -66,3 +66,35 @@ def _stack_rows(rows: list[Tensor | None]) -> Tensor:
         if row is not None:
             out[(index, *(slice(0, size) for size in row.shape[1:]))] = row[0]
     return out
+
+
+def tensors_of(micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[dict]]:
+    """Every tensor by name, ready for safetensors, and what is not a tensor as JSON values. Inverse: `batches_of`."""
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for number, batch in enumerate(micro_batches):
+        tensors |= {f"{number}/inputs/{name}": value for name, value in batch.inputs.items()}
+        tensors[f"{number}/kinds"] = batch.kinds
+        regions = []
+        for place, (row, region) in enumerate(batch.regions):
+            parts = {name: getattr(region, name) for name in ("box", "patches", "mask")}
+            tensors |= {f"{number}/regions/{place}/{name}": v for name, v in parts.items() if v is not None}
+            plain = {name: getattr(region, name) for name in ("at", "list_of", "is_answer", "image")}
+            regions.append({"row": row, **plain})
+        described.append({"samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions})
+    # cloned: samples of one batch may share memory, which safetensors refuses
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, described
+
+
+def batches_of(tensors: Mapping[str, Tensor], described: Sequence[Mapping]) -> list[Batch]:
+    """Exactly the micro-batches that `tensors_of` was given."""
+    batches = []
+    for number, batch in enumerate(described):
+        start = f"{number}/inputs/"
+        inputs = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        regions = []
+        for place, plain in enumerate(batch["regions"]):
+            parts = {name: tensors.get(f"{number}/regions/{place}/{name}") for name in ("box", "patches", "mask")}
+            regions.append((plain["row"], Region(**{k: v for k, v in plain.items() if k != "row"}, **parts)))
+        batches.append(Batch(inputs, tensors[f"{number}/kinds"], batch["tasks"], batch["samples"], regions))
+    return batches

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +34,7 @@ from vlmtune.models.efficientnet import STRIDE, EfficientNetLiteConfig, Efficien
 from vlmtune.models.initialise import draw_anew
 from vlmtune.models.load import load_processor
 from vlmtune.models.resampler import LlavaResamplerConfig, LlavaResamplerForConditionalGeneration
+from vlmtune.paths import new_folder
 from vlmtune.types import VlmtuneError
 
 IMAGE = "<image>"
@@ -281,9 +279,7 @@ def _generation(model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
 
 def _write(folder: Path, model: nn.Module, processor: LlavaProcessor, image_size: int, tokens: int) -> None:
     """Whole or not at all, and only if the processor, read again, writes as many placeholders as there are features."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as draft:
         model.save_pretrained(draft)
         processor.save_pretrained(draft)
         described = json.loads((draft / "config.json").read_text())
@@ -296,12 +292,6 @@ def _write(folder: Path, model: nn.Module, processor: LlavaProcessor, image_size
             raise VlmtuneError(
                 f"{folder}: the processor writes {found} placeholders for {tokens} features; nothing was written."
             )
-        draft.chmod(0o755)
-        for file in draft.iterdir():  # safetensors writes files that only their owner may read
-            shutil.copymode(draft / "config.json", file)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -32,7 +32,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Begun:
-    """Between the backward and the update: gradients measured, weights remembered."""
+    """Between the backward and the update. sums, norms, largest: float32[N] of the gradients of the N parameters in
+    `names`; weights: their samples, float32[at most SAMPLED] each."""
 
     names: list[str]
     sums: Tensor

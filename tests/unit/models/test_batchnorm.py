@@ -12,7 +12,7 @@ from vlmtune.losses.objective import Objective
 from vlmtune.models.batchnorm import SharedTower, batch_norms, freeze_statistics
 from vlmtune.models.load import load_model
 from vlmtune.models.vlm import VLM, set_training_mode
-from vlmtune.trainer import TrainingModule
+from vlmtune.step import TrainingModule
 from vlmtune.types import VlmtuneError
 
 

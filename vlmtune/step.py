@@ -1,0 +1,62 @@
+"""What one optimizer step computes: model and objective as one module, and what the losses of its micro-batches add up
+to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vlmtune.losses.objective import Losses, Objective, StepWeights
+from vlmtune.models.readouts import readouts_of
+from vlmtune.models.vlm import VLM
+from vlmtune.types import Batch
+
+
+class TrainingModule(nn.Module):
+    """Model and objective as one module: what a distributed engine wraps."""
+
+    def __init__(self, vlm: VLM, objective: Objective):
+        super().__init__()
+        self.vlm, self.objective = vlm, objective
+
+    def forward(self, batch: Batch, step: StepWeights) -> Losses:
+        states = self.vlm(batch, step.kinds, self.objective.read(self.vlm, batch, step))
+        return self.objective(states, self.vlm.head, batch, step, readouts_of(self.vlm.model))
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Of one optimizer step: what was minimised, the mean of every task, weighted by kind of token and plain, and the
+    means of further terms."""
+
+    total: float
+    tasks: dict[str, float]
+    plain: dict[str, float]
+    terms: dict[str, float]
+
+    @classmethod
+    def of(cls, parts: Sequence[Losses]) -> StepLosses:
+        """Add up the micro-batches, with one wait for the device."""
+        named = [
+            (key, value)
+            for part in parts
+            for key, value in [
+                (("total", ""), part.total),
+                *((("task", name), value) for name, value in part.tasks.items()),
+                *((("plain", name), value) for name, value in part.plain.items()),
+                *((("term", name), value) for name, value in part.terms.items()),
+            ]
+        ]
+        sums: dict[tuple[str, str], float] = {}
+        values = torch.stack([value for _, value in named]).tolist()
+        for (key, _), value in zip(named, values, strict=True):
+            sums[key] = sums.get(key, 0.0) + value
+        return cls(
+            sums[("total", "")],
+            {name: value for (group, name), value in sums.items() if group == "task"},
+            {name: value for (group, name), value in sums.items() if group == "plain"},
+            {name: value for (group, name), value in sums.items() if group == "term"},
+        )
