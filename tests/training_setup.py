@@ -183,14 +183,16 @@ def make_trainer(
     convention: str = "norm1000",
     over: Mapping[str, Piecewise] | None = None,
     parts: Mapping[str, Any] | None = None,
+    device: str = "cpu",
     **settings,
 ) -> Setup:
-    """A trainer over `data`, 4 samples a step, seeded, float32 on the CPU; `settings` override `Settings` fields.
+    """A trainer over `data`, 4 samples a step, seeded, float32; `settings` override `Settings` fields.
 
     over: rule -> factor on its learning rate over progress; parts: further arguments of `Trainer`.
     """
     torch.manual_seed(0)
     model, encoder, new = extend(model_folder, new_tokens, convention)
+    model.to(device)
     source = FileSource(data)
     mixture = Mixture([source.size], [piecewise(1.0)], total_steps * 4, seed=0)
     steps = Steps([source], mixture, encoder, 4, micro_batch_size)
@@ -227,7 +229,7 @@ def make_trainer(
         Settings(**wishes | settings),
         folder,
         "fingerprint",
-        torch.device("cpu"),
+        torch.device(device),
         observers,
         **(parts or {}),
     )

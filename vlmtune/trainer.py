@@ -27,7 +27,7 @@ from vlmtune.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from vlmtune.checks.during import LossWatch, judge_overflow, judge_statistics
+from vlmtune.checks.during import LossWatch, StartWatch, judge_overflow, judge_statistics
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.batchnorm import SharedTower
@@ -142,7 +142,7 @@ class Trainer:
         self.groups = plan.groups()
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
-        self.watch = LossWatch()
+        self.watch, self.start = LossWatch(), StartWatch()
         self.statistics = GradientStatistics(plan.parameters)
         self.history: deque[Past] = deque(maxlen=HISTORY)
         self._phases = settings.phases()
@@ -150,6 +150,7 @@ class Trainer:
         self._rows = embedding_rows(model)
         self._earlier_statistics: list[dict[str, Row]] = []
         self._saved_step: int | None = None
+        self._probed: list[float] | None = None  # losses of the stored samples, with the weights as they are
 
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where `checkpoint` was written."""
@@ -161,6 +162,7 @@ class Trainer:
                 point(self.folder / "best", written)
 
     def _load(self, checkpoint: Path) -> None:
+        self._probed = None
         step = read_state(checkpoint)["state"]["step"]
         self._activate(max(0, step - 1))  # as when it was written, so that every state in it has its parameter
         self.state = load_checkpoint(
@@ -170,8 +172,9 @@ class Trainer:
             self.sampling.restore(self.state.extra["sampling"])
         if self.scale is not None and self.state.loss_scale is not None:
             self.scale = LossScale(**self.state.loss_scale)
-        if "watch" in self.state.extra:
-            self.watch.restore(self.state.extra["watch"])
+        for name, watch in (("watch", self.watch), ("start", self.start)):
+            if name in self.state.extra:
+                watch.restore(self.state.extra[name])
 
     def fit(self) -> TrainState:
         """Train to the last step; checkpoints and evaluations on the way. Resumes are bit-exact on CPU.
@@ -183,6 +186,8 @@ class Trainer:
             try:
                 self._activate(self.state.step)
                 set_training_mode(self.model)
+                if self.probe is not None and self.state.step == 0 and not self.start.has_begun:
+                    self.start.begin(self._losses_of(self.probe))
                 if self.recovery.rewinds and not checkpoints(self.folder):
                     self.save()  # something to go back to
                 if self._evaluation_is_due() and self.state.step != self.state.evaluated:
@@ -199,10 +204,10 @@ class Trainer:
 
     def _train_until_rewind(self) -> None:
         """Steps until the last one, until the run stops early, or until it has gone back and needs earlier data."""
-        settings, state = self.settings, self.state
+        state = self.state
         before, started = state.seconds, time.perf_counter()
         arrived = started
-        for micro_batches in self.steps(state.step, settings.total_steps):
+        for micro_batches in self.steps(state.step, self.settings.total_steps):
             waited = time.perf_counter() - arrived
             try:
                 metrics = self._attempt(micro_batches)
@@ -217,8 +222,8 @@ class Trainer:
             if self._evaluation_is_due():
                 self.stop.raise_if_asked()
                 self.run_evaluation()
-            is_due = state.step % settings.checkpoint_every == 0 or state.step == settings.total_steps
-            if (is_due or state.stopped) and self._saved_step != state.step:  # the evaluation saves what it finds best
+            is_due = self._checkpoint_is_due() or state.stopped
+            if is_due and self._saved_step != state.step:  # the evaluation saves what it finds best
                 self.save()
             if state.stopped:
                 return
@@ -229,10 +234,15 @@ class Trainer:
         step, every = self.state.step, self.settings.eval_every
         return bool(every) and step > 0 and step % every == 0 and step < self.settings.total_steps
 
+    def _checkpoint_is_due(self) -> bool:
+        step = self.state.step
+        return step % self.settings.checkpoint_every == 0 or step == self.settings.total_steps
+
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _attempt(self, micro_batches: list[Batch]) -> dict[str, Any]:
         """A step, or what takes its place: nothing for a batch that is left out."""
+        self._probed = None
         if self.state.step in self._phases:
             self._activate(self.state.step)
         if self.state.step in self.state.skipped:
@@ -393,10 +403,10 @@ class Trainer:
             )
 
     def _jumped(self, metrics: dict[str, Any]) -> bool:
-        """Watch the loss; returns whether the run went back because of it."""
+        """Watch the loss, and now and then the stored samples; returns whether the run went back because of it."""
         if "loss" not in metrics:
             return False
-        finding = self.watch.observe(metrics["loss"])
+        finding = self.watch.observe(metrics["loss"]) or self._compare_with_start()
         if finding is None:
             return False
         if self.recovery.spikes == "warn":
@@ -406,6 +416,20 @@ class Trainer:
         self._require_patience(VlmtuneError(f"step {self.state.step + 1}: {finding.what}, {finding.evidence};"))
         self.rewind(f"step {self.state.step + 1}: {finding.what}, {finding.evidence}")
         return True
+
+    def _compare_with_start(self) -> Finding | None:
+        """After steps 1, 2, 4, 8, … (a rate that is too high ruins a model in its first steps), and before checkpoints,
+        which hold these losses anyway."""
+        is_power_of_two = self.state.step & (self.state.step - 1) == 0
+        if self.probe is None or not (is_power_of_two or self._checkpoint_is_due()):
+            return None
+        return self.start.observe(self._losses_of(self.probe))
+
+    def _losses_of(self, probe: Probe) -> list[float]:
+        if self._probed is None:
+            self._probed = probe.losses(self.model, self.settings.precision)
+            set_training_mode(self.model)
+        return self._probed
 
     def rewind(self, why: str) -> None:
         """Go back to the newest whole checkpoint with lower learning rates; the step at hand is left out when it comes
@@ -514,7 +538,7 @@ class Trainer:
         """A checkpoint of this moment, anywhere. recorded: what it holds besides the training."""
         if self.sampling is not None:
             self.state.extra["sampling"] = self.sampling.state()
-        self.state.extra["watch"] = self.watch.state()
+        self.state.extra |= {"watch": self.watch.state(), "start": self.start.state()}
         self.state.loss_scale = None if self.scale is None else dict(vars(self.scale))
         save_checkpoint(
             folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint, self.module.objective, recorded
@@ -523,9 +547,7 @@ class Trainer:
     def _recorded(self) -> Recorded | None:
         if self.probe is None:
             return None
-        losses = self.probe.losses(self.model, self.settings.precision)
-        set_training_mode(self.model)
-        return Recorded(self.probe, losses, self.settings.precision, self.companions)
+        return Recorded(self.probe, self._losses_of(self.probe), self.settings.precision, self.companions)
 
     def _tell(self, event: str, *told: dict[str, Any]) -> None:
         for observer in self.observers:

@@ -282,7 +282,7 @@ def supervised_mask(kinds: Tensor) -> Tensor:
 
 def token_weights(kinds: Tensor, table: Tensor) -> Tensor:
     """float32 of the same shape as `kinds`: the weight of each token. table: float32[len(Kind)], kind k at k + 1."""
-    return table.to(kinds.device)[kinds.long() + 1]
+    return table.to(kinds.device, non_blocking=True)[kinds.long() + 1]
 
 
 Level = Literal["pass", "warn", "fail"]

@@ -40,6 +40,7 @@ SWEEP = {  # arm -> (clip, warmup in steps, stability)
     "clip": (1.0, 0, {}),
     "neither": (None, 0, {}),
     "neither, rewind": (None, 0, REWIND),
+    "clip, warmup, rewind": (1.0, 8, REWIND),
 }
 UNFREEZING = ("frozen", "staged", "full")
 VISION_LR = 1e-4

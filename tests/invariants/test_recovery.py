@@ -19,6 +19,7 @@ from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.observer import Observer
 from vlmtune.optim.optimizer import optimizer_tensors
 from vlmtune.recovery import Recovery
+from vlmtune.run import probe_of
 from vlmtune.schedule import piecewise
 from vlmtune.types import Batch, Finding, VlmtuneError
 
@@ -210,6 +211,68 @@ def test_a_jump_is_only_reported_by_default(make):
     setup.trainer.watch = watch
     setup.trainer.fit()
     assert found.findings and not setup.trainer.state.rewinds and setup.trainer.state.step == STEPS
+
+
+WORSE = "the model is worse than before training"
+
+
+@pytest.fixture
+def probed(make) -> Callable[..., Setup]:
+    """A run with stored samples, at any learning rate."""
+
+    def build(name: str, lr: float, spikes: str = "rewind", **more) -> Setup:
+        recovery = {"recovery": Recovery("stop", spikes, limit=20)}
+        setup = make(name, rules=lambda model: full_rules(model, lr), parts=recovery, **more)
+        setup.trainer.probe = probe_of(setup.steps)
+        return setup
+
+    return build
+
+
+def test_a_rate_that_ruins_the_model_at_once_takes_the_run_back(probed):
+    """The stored samples tell after the first step, where no loss of a step can; the run ends at a rate that works."""
+    found = Found()
+    setup = probed("ruin", 3.0, observers=[found])
+    setup.trainer.fit()
+    state = setup.trainer.state
+    assert state.rewinds[0] == [0, 0] and state.lr_scale == 0.5 ** len(state.rewinds) and state.step == STEPS
+    assert {finding.what for _, finding in found.findings} == {"the run went back"}
+    assert WORSE in found.findings[0][1].evidence
+    untrained = probed("untrained", 0.0).trainer
+    before, after = (sum(t.probe.losses(t.model, "fp32")) / 3 for t in (untrained, setup.trainer))
+    assert after < max(1.5 * before, before + 0.5)
+
+
+def test_a_ruined_model_is_reported_once_by_default(probed):
+    found = Found()
+    setup = probed("warn", 3.0, "warn", observers=[found])
+    setup.trainer.fit()
+    assert [(step, finding.what) for step, finding in found.findings if finding.what == WORSE] == [(1, WORSE)]
+    assert not setup.trainer.state.rewinds
+
+
+def test_the_stored_samples_say_nothing_of_a_healthy_run_and_change_nothing(probed, make):
+    found = Found()
+    setup = probed("healthy", 1e-3, observers=[found])
+    setup.trainer.fit()
+    assert found.findings == []
+    plain = make("plain", rules=full_rules)
+    plain.trainer.fit()
+    trained, reference = snapshot(setup.model), snapshot(plain.model)
+    assert [name for name in reference if not torch.equal(trained[name], reference[name])] == []
+
+
+@pytest.mark.parametrize("kill", [3, 7])
+def test_a_run_that_went_back_from_ruin_resumes_bit_for_bit(probed, tmp_path, kill):
+    whole = probed("whole", 3.0)
+    whole.trainer.fit()
+    broken = probed("broken", 3.0, observers=[KillAt(kill, after_rewind=True)])
+    with pytest.raises(KeyboardInterrupt):
+        broken.trainer.fit()
+    resumed = probed("broken", 3.0)
+    resumed.trainer.resume(checkpoints(tmp_path / "broken")[-1])
+    resumed.trainer.fit()
+    assert same_training(whole, resumed) == []
 
 
 # ---- unfreezing --------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def _identity(model: nn.Module, inputs: dict[str, Tensor]) -> Finding:
     with adapters_off(model):
         base = model(**inputs, use_cache=False).logits[carries].float()
     model.train(training)
-    gap = float((adapted - base).abs().max() / base.abs().max())
+    gap = float((adapted - base).detach().abs().max() / base.detach().abs().max())
     what = f"adapters start as the base model ({len(tuner_layers(model))} modules)"
     if gap <= IDENTITY["bf16" if torch.is_autocast_enabled(adapted.device.type) else "fp32"]:
         return Finding("pass", what, f"logits differ by {gap:.1e} of the largest")

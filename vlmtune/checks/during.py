@@ -1,4 +1,4 @@
-"""What is watched while a run goes on: gradients of every parameter, the loss, the loss scale (SPEC D5, D8, H2).
+"""What is watched while a run goes on: gradients of every parameter, losses, the loss scale (SPEC D5, D8, H2).
 
 Judgements over histories; none of them changes anything.
 """
@@ -171,6 +171,52 @@ class LossWatch:
 
     def state(self) -> dict[str, Any]:
         """JSON numbers, from which `restore` continues exactly."""
+        return dict(vars(self))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+
+WORSE, WORSE_BY = 1.5, 0.5  # times the mean loss of the stored samples before training, and at least so much above it
+
+
+class StartWatch:
+    """Sees when the samples that a checkpoint stores do worse than before the first step: what a learning rate that is
+    too high does to a model at once. Its state is part of a checkpoint.
+
+    The losses of the first steps cannot tell: each is of other samples, and those of tasks lie far apart. These are of
+    the same samples, without dropout.
+    """
+
+    def __init__(self) -> None:
+        self._before: float | None = None
+        self._said = False
+
+    @property
+    def has_begun(self) -> bool:
+        return self._before is not None
+
+    def begin(self, losses: Sequence[float]) -> None:
+        """losses: of the stored samples, before the first step."""
+        self._before = statistics.fmean(losses)
+
+    def observe(self, losses: Sequence[float]) -> Finding | None:
+        """losses: of the same samples, now. Says it once, and again after they were better in between."""
+        if self._before is None:  # of a run that was begun without these samples
+            return None
+        now = statistics.fmean(losses)
+        worse = not now <= max(WORSE * self._before, self._before + WORSE_BY)  # NaN is worse
+        said, self._said = self._said, worse
+        if said or not worse:
+            return None
+        return Finding(
+            "warn", "the model is worse than before training",
+            f"the stored samples have a mean loss of {now:.3g}, before the first step it was {self._before:.3g}",
+            "lower the learning rate, or lengthen the warmup",
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """JSON values, from which `restore` continues exactly."""
         return dict(vars(self))
 
     def restore(self, state: Mapping[str, Any]) -> None:

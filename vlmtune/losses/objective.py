@@ -126,7 +126,8 @@ class Objective(nn.Module):
         `heads` of the model."""
         losses = token_cross_entropy(states.hidden, head, states.targets)
         names = sorted({task for task in batch.tasks if step.tasks[task] > 0})
-        index = torch.tensor([names.index(t) if t in names else 0 for t in batch.tasks], device=losses.device)
+        index = torch.tensor([names.index(t) if t in names else 0 for t in batch.tasks])
+        index = index.to(losses.device, non_blocking=True)
         zeros = torch.zeros(len(names), device=losses.device)
         weighted = zeros.index_add(0, index[states.row], losses * states.weights)
         plain = zeros.index_add(0, index[states.row], losses.detach())

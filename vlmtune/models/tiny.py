@@ -21,6 +21,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
 
 import vlmtune.models.load  # noqa: F401  makes processors with a video slot usable without torchvision
 from vlmtune.types import VlmtuneError
@@ -436,6 +437,7 @@ def write_tiny(family: str, folder: Path, seed: int = 0) -> Path:
         tokenizer=tokenizer,
         chat_template=spec.template,
         **spec.processor_options,
+        **_video_processor(spec),
     )
     processor.save_pretrained(folder)
     if spec.video_processor is not None:
@@ -443,6 +445,14 @@ def write_tiny(family: str, folder: Path, seed: int = 0) -> Path:
         saved = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**saved, "video_processor": spec.video_processor}, indent=2), encoding="utf-8")
     return folder
+
+
+def _video_processor(spec: _Family) -> dict[str, Any]:
+    """What a processor with a video slot asks for where torchvision is installed; without it nobody can have one."""
+    if spec.video_processor is None or not is_torchvision_available():
+        return {}
+    options = dict(spec.video_processor)
+    return {"video_processor": getattr(transformers, options.pop("video_processor_type"))(**options)}
 
 
 def _train_tokenizer(spec: _Family) -> PreTrainedTokenizerFast:

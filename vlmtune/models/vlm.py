@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -57,14 +56,13 @@ class VLM(nn.Module):
         states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         kinds = batch.kinds[:, 1:]
         weights = supervised_mask(kinds).float() if kind_weights is None else token_weights(kinds, kind_weights)
-        carries = weights > 0
-        row = torch.arange(len(batch.kinds), device=states.device).unsqueeze(1).expand_as(carries)[carries]
+        rows, at = (weights > 0).nonzero(as_tuple=True)  # on a GPU the host waits here, once
         return Supervised(
-            hidden=states[:, :-1][carries],
-            targets=batch.inputs["input_ids"][:, 1:][carries],
-            kinds=kinds[carries],
-            row=row,
-            weights=weights[carries],
+            hidden=states[rows, at],
+            targets=batch.inputs["input_ids"][rows, at + 1],
+            kinds=kinds[rows, at],
+            row=rows,
+            weights=weights[rows, at],
             sequence=states,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtune.checks.during import FIRST, PAUSE, LossWatch, judge_overflow, judge_statistics
+from vlmtune.checks.during import FIRST, PAUSE, LossWatch, StartWatch, judge_overflow, judge_statistics
 from vlmtune.optim.statistics import Row
 
 HEALTHY = Row(mean=0.0, std=1e-3, largest=1e-2, norm=0.1, weight=0.05, update=5e-5, is_matrix=True)
@@ -137,6 +138,39 @@ def test_the_watch_resumes_exactly(seed, cut):
     second.restore(json.loads(json.dumps(first.state())))
     said |= {cut + n: what for n, what in watched(losses[cut:], second).items()}
     assert said == watched(losses)
+
+
+def test_stored_samples_that_do_worse_than_before_training_are_said_once():
+    watch = StartWatch()
+    watch.begin([0.1, 2.0, 6.0])
+    said = [watch.observe([0.1 + up, 2.0 + up, 6.0 + up]) for up in (-0.1, 1.0, 1.4, 9.0, 1.0, 2.0)]
+    assert [finding is not None for finding in said] == [False, False, True, False, False, True]
+    assert "4.1, before the first step it was 2.7" in said[2].evidence
+
+
+def test_small_losses_must_rise_by_half_a_nat():
+    watch = StartWatch()
+    watch.begin([0.01])
+    assert watch.observe([0.4]) is None and watch.observe([0.6]) is not None
+
+
+def test_stored_samples_that_are_not_finite_are_worse():
+    watch = StartWatch()
+    watch.begin([1.0])
+    assert watch.observe([math.nan]) is not None
+
+
+def test_without_losses_from_before_training_nothing_is_said():
+    assert StartWatch().observe([100.0]) is None
+
+
+def test_the_comparison_with_the_start_resumes_exactly():
+    first, second = StartWatch(), StartWatch()
+    first.begin([1.0])
+    assert first.observe([5.0]) is not None
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second.has_begun and second.observe([5.0]) is None and second.observe([1.0]) is None
+    assert second.observe([5.0]) is not None
 
 
 def test_overflows_are_said_when_they_become_frequent_and_when_no_scale_helps():
