@@ -18,8 +18,8 @@ from rich.table import Table
 
 from vlmtune.adapt.plan import assign_rules
 from vlmtune.adapt.serving import NONLINEAR
-from vlmtune.build import build_eval_groups, build_train, fingerprint_tree, resolve_model
-from vlmtune.build_course import policies
+from vlmtune.build import best_device, build_eval_groups, build_train, fingerprint_tree, resolve_model
+from vlmtune.build_course import build_settings, policies
 from vlmtune.build_loss import wanted_readouts
 from vlmtune.config import EXPORTED, Chain, Config, differing_keys, dump_chain, load_config, load_run_config
 from vlmtune.export import export_run
@@ -29,6 +29,7 @@ from vlmtune.models.readouts import attach_readouts
 from vlmtune.observe.log import read_history
 from vlmtune.observe.page import write_page
 from vlmtune.observer import Observer
+from vlmtune.optim.precision import resolve_precision
 from vlmtune.paths import require_folder, write_text
 from vlmtune.run import train
 from vlmtune.types import Finding, VlmtuneError
@@ -104,7 +105,8 @@ def _require_readouts_once(chain: Chain) -> None:
 
 
 def _require_startable(chain: Chain) -> None:
-    """Refuse data that is not there and rules that cover nothing before the first stage trains, not days later.
+    """Refuse before the first stage trains, not days later: data that is not there, lengths that do not fit into the
+    stage (rows that are left out later can only make it shorter), rules that cover nothing.
 
     All stages have the parameter names of the first one's model.
     """
@@ -113,7 +115,8 @@ def _require_startable(chain: Chain) -> None:
         if _is_finished(config):
             continue
         try:
-            build_train(config.data)
+            sizes = [member.source.size for member in build_train(config.data)]
+            build_settings(config, sizes, resolve_precision(config.train.precision, best_device()))
             build_eval_groups(config)
             model = meta_model(path)
             attach_readouts(model, sorted(wanted_readouts(config)), config.train.seed)

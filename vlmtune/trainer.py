@@ -27,7 +27,7 @@ from vlmtune.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from vlmtune.checks.during import LossWatch, StartWatch, judge_overflow, judge_statistics
+from vlmtune.checks.during import GradientWatch, LossWatch, StartWatch, judge_overflow
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.batchnorm import SharedTower
@@ -37,7 +37,7 @@ from vlmtune.observer import Observer
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import set_learning_rates
 from vlmtune.optim.precision import LossScale, Precision, autocast
-from vlmtune.optim.statistics import GradientStatistics, Row
+from vlmtune.optim.statistics import GradientStatistics
 from vlmtune.optim.unfreeze import set_active
 from vlmtune.probe import Probe
 from vlmtune.recovery import NonFinite, Recovery, Snapshot
@@ -46,7 +46,6 @@ from vlmtune.step import StepLosses, TrainingModule
 from vlmtune.types import Batch, Finding, VlmtuneError
 
 HISTORY = 200  # steps whose loss and norm are remembered for a diagnosis
-MEASURED = 10  # measurements of every parameter that a new one is compared with
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,12 @@ class Trainer:
         self.groups = plan.groups()
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
-        self.watch, self.start = LossWatch(), StartWatch()
+        self.watch, self.start, self.gradients = LossWatch(), StartWatch(), GradientWatch()
         self.statistics = GradientStatistics(plan.parameters)
         self.history: deque[Past] = deque(maxlen=HISTORY)
         self._phases = settings.phases()
         self._buffers = trained_buffers(model, plan)
         self._rows = embedding_rows(model)
-        self._earlier_statistics: list[dict[str, Row]] = []
         self._saved_step: int | None = None
         self._probed: list[float] | None = None  # losses of the stored samples, with the weights as they are
 
@@ -172,7 +170,7 @@ class Trainer:
             self.sampling.restore(self.state.extra["sampling"])
         if self.scale is not None and self.state.loss_scale is not None:
             self.scale = LossScale(**self.state.loss_scale)
-        for name, watch in (("watch", self.watch), ("start", self.start)):
+        for name, watch in self._watches().items():
             if name in self.state.extra:
                 watch.restore(self.state.extra[name])
 
@@ -309,8 +307,8 @@ class Trainer:
             self.sampling.observe(sums.tasks)
         counted = self._count(micro_batches)
         self.history.append(Past(sums.total, norms, scale))
-        if rows is not None:
-            self._judge(rows)
+        for finding in self.gradients.observe(rows) if rows is not None else ():
+            self._find(finding.level, finding.what, finding.evidence, finding.remedy)
         return {
             "loss": sums.total, "losses": sums.tasks, "plain": sums.plain, "weights": weights.tasks,
             "supervised": weights.tokens, "coefficients": coefficients,
@@ -458,11 +456,6 @@ class Trainer:
         norms = torch._foreach_norm([p.detach() for p in self.plan.parameters.values()])
         return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
 
-    def _judge(self, rows: dict[str, Row]) -> None:
-        for finding in judge_statistics(rows, self._earlier_statistics):
-            self._find(finding.level, finding.what, finding.evidence, finding.remedy)
-        self._earlier_statistics = [*self._earlier_statistics, rows][-MEASURED:]
-
     def _find(self, level: str, what: str, evidence: str, remedy: str) -> None:
         finding = Finding(level, what, evidence, remedy)
         for observer in self.observers:
@@ -538,11 +531,15 @@ class Trainer:
         """A checkpoint of this moment, anywhere. recorded: what it holds besides the training."""
         if self.sampling is not None:
             self.state.extra["sampling"] = self.sampling.state()
-        self.state.extra |= {"watch": self.watch.state(), "start": self.start.state()}
+        self.state.extra |= {name: watch.state() for name, watch in self._watches().items()}
         self.state.loss_scale = None if self.scale is None else dict(vars(self.scale))
         save_checkpoint(
             folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint, self.module.objective, recorded
         )
+
+    def _watches(self) -> dict[str, LossWatch | StartWatch | GradientWatch]:
+        """By their names in a checkpoint."""
+        return {"watch": self.watch, "start": self.start, "gradients": self.gradients}
 
     def _recorded(self) -> Recorded | None:
         if self.probe is None:

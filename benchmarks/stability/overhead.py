@@ -41,7 +41,7 @@ import transformers
 from torch import nn
 
 from vlmtune.adapt.plan import Plan, Policy, apply_plan
-from vlmtune.checks.during import LossWatch, judge_statistics
+from vlmtune.checks.during import GradientWatch, LossWatch
 from vlmtune.config.course import Stability
 from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import part_modules
@@ -53,10 +53,9 @@ from vlmtune.observe.log import append_line
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.optim.precision import Precision, autocast
-from vlmtune.optim.statistics import GradientStatistics, Row
+from vlmtune.optim.statistics import GradientStatistics
 from vlmtune.schedule import Length
 from vlmtune.step import TrainingModule
-from vlmtune.trainer import MEASURED
 from vlmtune.types import Batch
 
 ROUNDS = 15
@@ -146,9 +145,9 @@ class Steps:
         self.module = TrainingModule(VLM(model), Objective())
         self.optimizer = build_adamw(plan.optimizer_groups(), (0.9, 0.999), 1e-8)
         self.parameters = list(plan.parameters.values())
-        self.statistics, self.watch = GradientStatistics(plan.parameters), LossWatch()
+        self.statistics = GradientStatistics(plan.parameters)
+        self.watch, self.gradients = LossWatch(), GradientWatch()
         self.groups = plan.groups()
-        self.earlier: list[dict[str, Row]] = []
         self.device = next(model.parameters()).device
         self.precision: Precision = "bf16" if self.device.type == "cuda" else "fp32"
 
@@ -178,8 +177,7 @@ class Steps:
             self.watch.observe(loss)
             if begun is not None:
                 rows = self.statistics.end(begun)
-                judge_statistics(rows, self.earlier)
-                self.earlier = [*self.earlier, rows][-MEASURED:]
+                self.gradients.observe(rows)
                 append_line(self.file, {"step": 0, "parameters": {name: asdict(row) for name, row in rows.items()}})
 
 

@@ -203,6 +203,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_trains(chain, tmp_path
             "stages.2.plan=[{match: visoin, train: frozen}, {match: '*', train: full}]",
             "stage instruct: plan: rule 'visoin'",
         ),
+        ("stages.1.optim.warmup=70", "stage tasks: optim.warmup is 70 steps, but the run has only"),
         ("data.new_tokens=[qzx]", "stage tasks: data.new_tokens: stage align added 'qzx' already"),
         ("loss.box={read: head}", "stage tasks: its losses read a box head, and so do those of stage align"),
     ],

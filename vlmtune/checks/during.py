@@ -14,16 +14,38 @@ from vlmtune.optim.statistics import Row
 from vlmtune.types import Finding
 
 Rows = Mapping[str, Row]
+Norms = Mapping[str, float]  # of the gradient of every parameter
 
 EXPLOSION = 10.0  # times its own median, twice in a row; clipping hides it from the update, not from the norm
 BURST = 100.0  # times its own median, at once: single batches of 2 samples reach 40 in runs that learn well
+REMEMBERED = 10  # measurements that a new one is compared with
 MEASUREMENTS = 3  # before a median means something, and in a row before a parameter is called dead
 VANISHING = 1e-6  # of the median over all matrices: float32 has 1e-7 of relative precision left
 LARGE_UPDATE, SMALL_UPDATE = 0.1, 1e-7  # of the weights; about 1e-3 is healthy, below float32's 6e-8 nothing changes
 STILL_SMALL = 0.01  # root mean square of weights that have hardly left 0 (LoRA's B, biases): any update is large then
 
 
-def judge_statistics(rows: Rows, earlier: Sequence[Rows]) -> list[Finding]:
+class GradientWatch:
+    """Judges every measurement beside the ones before. Its state is part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self._earlier: list[dict[str, float]] = []
+
+    def observe(self, rows: Rows) -> list[Finding]:
+        findings = judge_statistics(rows, self._earlier)
+        norms = {name: row.norm for name, row in rows.items() if row.is_matrix}
+        self._earlier = [*self._earlier, norms][-REMEMBERED:]
+        return findings
+
+    def state(self) -> dict[str, Any]:
+        """JSON values, from which `restore` continues exactly."""
+        return {"norms": self._earlier}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._earlier = list(state["norms"])
+
+
+def judge_statistics(rows: Rows, earlier: Sequence[Norms]) -> list[Finding]:
     """rows: of this step; earlier: of the measurements before, oldest first. At most one finding of each kind.
 
     Only matrices are judged: gradients of some biases are 0 by construction (attention keys).
@@ -42,10 +64,10 @@ def judge_statistics(rows: Rows, earlier: Sequence[Rows]) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-def _exploding(rows: Rows, earlier: Sequence[Rows]) -> Finding | None:
+def _exploding(rows: Rows, earlier: Sequence[Norms]) -> Finding | None:
     ratios, bad = {}, []
     for name, row in rows.items():
-        before = [past[name].norm for past in earlier if name in past and past[name].norm > 0]
+        before = [past[name] for past in earlier if past.get(name, 0.0) > 0]
         if len(before) >= MEASUREMENTS:
             median = statistics.median(before)
             ratios[name] = row.norm / median
@@ -78,13 +100,13 @@ def _vanishing(rows: Rows) -> Finding | None:
     )  # fmt: skip
 
 
-def _dead(rows: Rows, earlier: Sequence[Rows]) -> Finding | None:
+def _dead(rows: Rows, earlier: Sequence[Norms]) -> Finding | None:
     recent = earlier[-(MEASUREMENTS - 1) :]
     if len(recent) < MEASUREMENTS - 1:
         return None
     bad = [
         name for name, row in rows.items()
-        if row.norm == 0 and all(name in past and past[name].norm == 0 for past in recent)
+        if row.norm == 0 and all(past.get(name) == 0 for past in recent)
     ]  # fmt: skip
     if not bad:
         return None

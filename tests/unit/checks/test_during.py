@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtune.checks.during import FIRST, PAUSE, LossWatch, StartWatch, judge_overflow, judge_statistics
+from vlmtune.checks.during import FIRST, PAUSE, GradientWatch, LossWatch, StartWatch, judge_overflow, judge_statistics
 from vlmtune.optim.statistics import Row
+from vlmtune.types import Finding
 
 HEALTHY = Row(mean=0.0, std=1e-3, largest=1e-2, norm=0.1, weight=0.05, update=5e-5, is_matrix=True)
 
@@ -22,7 +23,11 @@ def rows(**changed: Row) -> dict[str, Row]:
 
 
 def whats(now: dict[str, Row], earlier=()) -> list[str]:
-    return [finding.what for finding in judge_statistics(now, earlier)]
+    return [finding.what for finding in judged(now, earlier)]
+
+
+def judged(now: dict[str, Row], earlier) -> list[Finding]:
+    return judge_statistics(now, [{name: row.norm for name, row in past.items()} for past in earlier])
 
 
 def test_healthy_gradients_pass():
@@ -32,14 +37,26 @@ def test_healthy_gradients_pass():
 def test_a_norm_far_above_its_own_median_explodes():
     """Twice in a row, or so far that no batch explains it; one batch alone may well reach 40 times."""
     calm, high, burst = (rows(a=replace(HEALTHY, norm=norm)) for norm in (0.1, 2.0, 15.0))
-    (finding,) = judge_statistics(high, [calm, calm, calm, high])
+    (finding,) = judged(high, [calm, calm, calm, high])
     assert finding.what == "gradients explode" and "worst a: norm 2, 20 x" in finding.evidence
-    (finding,) = judge_statistics(burst, [calm] * 3)
+    (finding,) = judged(burst, [calm] * 3)
     assert finding.what == "gradients explode" and "150 x" in finding.evidence
     assert whats(high, [calm] * 4) == [], "one batch"
     assert whats(high, [calm, calm, high, calm]) == [], "two, but not in a row"
     assert whats(burst, [calm] * 2) == [], "two measurements are no median"
     assert whats(rows(a=replace(HEALTHY, norm=0.9)), [calm, calm, calm, rows(a=replace(HEALTHY, norm=0.9))]) == []
+
+
+@pytest.mark.parametrize("cut", range(1, 5))
+def test_the_watch_of_gradients_resumes_exactly(cut):
+    """Through JSON: what was measured before a stop counts after it."""
+    calm, high = (rows(a=replace(HEALTHY, norm=norm)) for norm in (0.1, 2.0))
+    first, second = GradientWatch(), GradientWatch()
+    measured = [calm, calm, calm, high, high]
+    said = [first.observe(now) for now in measured[:cut]]
+    second.restore(json.loads(json.dumps(first.state())))
+    said += [second.observe(now) for now in measured[cut:]]
+    assert [[finding.what for finding in found] for found in said] == [[], [], [], [], ["gradients explode"]]
 
 
 def test_a_gradient_far_below_the_others_vanishes():
@@ -64,7 +81,7 @@ def test_no_gradient_three_times_in_a_row_is_dead():
     ("update", "said"), [(0.02, "updates are large for their weights"), (1e-9, "updates are small for their weights")]
 )
 def test_updates_are_compared_with_their_weights(update, said):
-    (finding,) = judge_statistics(rows(a=replace(HEALTHY, update=update)), ())
+    (finding,) = judged(rows(a=replace(HEALTHY, update=update)), ())
     assert finding.what == said and "worst a" in finding.evidence and finding.remedy
 
 
