@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 # Teach the embedded model 24 concepts it has never seen, from files, and write runs/demo/report.html.
 demo: $(READY)
 	$(BIN)/vlmtune scenes runs/demo-data
-	$(BIN)/vlmtune train demo --restart
+	$(BIN)/vlmtune train demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -47,6 +47,9 @@ PLAN = [
     {"match": "lm_head", "train": "frozen"},
 ]
 """Of runs of the debug size on a tiny LLaVA."""
+IN_FULL = [{"match": "vision", "train": "frozen"}, {"match": "*", "train": "full", "lr": 1e-3}]
+STAGE_STEPS = {"align": 4, "tasks": 5, "instruct": 4}
+"""Of the chain that `tests/integration` trains."""
 
 
 def png(seed: int) -> bytes:

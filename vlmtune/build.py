@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import torch
 from vlmtune.adapt.storage import loads_in_file_format, wanted_quantisation
 from vlmtune.build_course import policies
 from vlmtune.build_loss import wanted_readouts
-from vlmtune.config import INHERIT, Config, Data, Source
+from vlmtune.config import EXPORTED, INHERIT, Config, Data, Source
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
 from vlmtune.data.loader import Steps, load_steps
@@ -47,6 +48,7 @@ NOT_FINGERPRINTED = (
     ("train", "threads"),
     ("train", "log_every"),
     ("checkpoint", "keep"),
+    ("checkpoint", "patience"),
     ("stability",),  # says what to do about a failure, so that a run can go on after one
     ("evaluate", "gallery"),
     ("evaluate", "batch_size"),
@@ -70,6 +72,8 @@ def resolve_model(name: str) -> str:
         folder = Path(tempfile.mkdtemp(prefix="vlmtune-untrained-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return str(write_untrained(folder, text_corpus(), coordinates("bins").tokens()))
+    if re.search(rf"/\d+_[^/]+/{EXPORTED}$", name) and not Path(name).exists():
+        raise VlmtuneError(f"{name} is not there yet: train the stage that makes it first, or the whole chain.")
     return name
 
 
@@ -288,11 +292,13 @@ def build_eval_groups(config: Config) -> dict[str, list[SampleSource]]:
 
 @dataclass(frozen=True)
 class FittedData:
-    """Sources after the context window. surveys: (name, survey) of every source that could be counted."""
+    """Sources after the context window. surveys: (name, survey) of every source that could be counted; of_train: of
+    every training source, None where it could not be."""
 
     sources: list[SampleSource]
     groups: dict[str, list[SampleSource]]
     surveys: list[tuple[str, Survey]]
+    of_train: list[Survey | None]
 
 
 def fit_data(
@@ -311,7 +317,7 @@ def fit_data(
     wish = config.data
     drop_bad = wish.on_bad_row == "drop"
     if wish.max_length is None and not drop_bad:
-        return FittedData(list(sources), groups, [])
+        return FittedData(list(sources), groups, [], [None] * len(sources))
     window = None if wish.max_length is None else Window(wish.max_length, wish.reply_reserve)
     surveys: list[tuple[str, Survey]] = []
 
@@ -326,14 +332,16 @@ def fit_data(
         as_it_is = wish.on_overlong == "error" and not survey.bad
         return source if as_it_is else FittedSource(source, survey, encoder, window, wish.on_overlong)
 
-    kept = [fitted(*pair) for pair in zip(sources, source_names(sources), strict=True)]
+    names = source_names(sources)
+    kept = [fitted(*pair) for pair in zip(sources, names, strict=True)]
+    counted = dict(surveys)
     held_out = {
         group: [fitted(source, f"{group}/{name}") for source, name in zip(members, source_names(members), strict=True)]
         for group, members in groups.items()
     }
     if wish.on_overlong == "error":
         refuse_overlong(surveys, wish.max_length)
-    return FittedData(kept, held_out, surveys)
+    return FittedData(kept, held_out, surveys, [counted.get(name) for name in names])
 
 
 def describe_surveys(config: Config, fitted: FittedData) -> list[str]:

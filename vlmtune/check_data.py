@@ -14,7 +14,7 @@ from typing import TextIO
 import numpy as np
 from rich.console import Console
 
-from vlmtune.build import build_encoder, build_source, load_base, source_names
+from vlmtune.build import Base, build_encoder, build_source, load_base, source_names
 from vlmtune.config import Config
 from vlmtune.data.check import CHUNK, RowCheck, RowFinding, check_rows
 from vlmtune.data.duplicates import TRAIN, Duplicates, SplitSource
@@ -39,13 +39,31 @@ def check_data(config: Config, console: Console, output: Path | None = None, wor
     order do not depend on the number of workers. Raises VlmtuneError for what is no matter of a single row: a source
     that cannot be opened, a folder that cannot be written, a config without files.
     """
-    folder = output or Path(f"{config.run}-data-check")
+    folder = output or data_folder(config)
+    if not has_files(config):
+        raise VlmtuneError("check-data: every source of this config is generated scenes; there is no file to check.")
+    report = examine_data(config, console, folder, workers)
+    _print(report, folder / "report.html", console)
+    return report
+
+
+def data_folder(config: Config) -> Path:
+    """Where the report goes by default."""
+    return Path(f"{config.run}-data-check")
+
+
+def has_files(config: Config) -> bool:
+    return bool(split_sources(config)[0])
+
+
+def examine_data(
+    config: Config, console: Console, folder: Path, workers: int | None = None, base: Base | None = None
+) -> DataReport:
+    """`check_data` without its lines on the console: a bar is all. base: of the config, where it is loaded already."""
     workers = config.data.workers if workers is None else workers
     sources, skipped = split_sources(config)
-    if not sources:
-        raise VlmtuneError("check-data: every source of this config is generated scenes; there is no file to check.")
     _make_folder(folder)
-    base = load_base(config)
+    base = base or load_base(config)
     encoder = build_encoder(base.processor, base.model, config.data).without_limit()
 
     report = DataReport(config.model, config.data.max_length, skipped=skipped, workers=workers)
@@ -58,8 +76,7 @@ def check_data(config: Config, console: Console, output: Path | None = None, wor
     os.replace(draft, folder / "findings.jsonl")
     summary = json.dumps(summary_record(report), indent=1, ensure_ascii=False)
     (folder / "summary.json").write_text(summary, encoding="utf-8")
-    page = write_data_report(folder / "report.html", report)
-    _print(report, page, console)
+    write_data_report(folder / "report.html", report)
     return report
 
 

@@ -36,6 +36,9 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="delete the run folder first instead of continuing")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="look at the start, the settings and memory before training")
+    ] = True,
 ) -> None:
     """Train, or continue a run that was interrupted; of a chain of stages, all of them."""
     from vlmtune.config import Chain, load_config, load_run_config
@@ -46,11 +49,12 @@ def train(
     from vlmtune.run import train as run
     from vlmtune.stages import train_chain
 
-    with StopRequest().listening() as stop:
+    again = "the same command without --restart continues" if restart else "the same command continues"
+    with StopRequest(again).listening() as stop:
         if isinstance(wish, Chain):
-            train_chain(wish, console, restart, stop)
+            train_chain(wish, console, restart, stop, check)
         else:
-            run(wish, console, restart, stop=stop)
+            run(wish, console, restart, stop=stop, check=check)
 
 
 @app.command("eval")
@@ -116,6 +120,26 @@ def inspect(
     require_new_file(html, "--html")
     page = inspect_sample(load_config(config, overrides or []), sample, html, console)
     console.print(f"page: {page}", highlight=False)
+
+
+@app.command()
+def check(
+    config: ConfigName,
+    overrides: Overrides = None,
+    data: Annotated[bool, typer.Option("--data/--no-data", help="read every row of the data files")] = True,
+    workers: Annotated[int | None, typer.Option(min=0, help="processes (default: data.workers)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+) -> None:
+    """Try everything that a run needs before it starts. Exit code 1 if it could not go well."""
+    from vlmtune.config import load_config, load_run_config
+
+    picks = any(override.startswith("stage=") for override in overrides or [])
+    wish = (load_config if picks else load_run_config)(config, overrides or [])
+    from vlmtune.check import check as run
+
+    code = run(wish, console, as_json, workers, data)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command("check-data")
@@ -323,8 +347,15 @@ def main() -> None:
         errors.print("[bold red]error:[/] ", end="")
         errors.print(f"{error}; free some space and run the same command again.", markup=False, highlight=False)
         sys.exit(1)
+    except MemoryError as error:
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(
+            f"there is not enough memory for this ({error}); is train.length what you meant? Else lower "
+            "train.micro_batch_size or data.max_length.", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        sys.exit(1)
     except KeyboardInterrupt:
-        errors.print("interrupted; the same command continues from the last checkpoint")
+        errors.print("interrupted; the same command (without --restart) continues from the last checkpoint")
         sys.exit(130)
 
 

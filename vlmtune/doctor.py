@@ -27,6 +27,7 @@ from vlmtune.models.quantise import place
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.schedule import learning_rates
+from vlmtune.sealed import stage_folders
 from vlmtune.step import TrainingModule
 from vlmtune.types import Finding, VlmtuneError
 
@@ -84,15 +85,14 @@ def failed_stage(run: Path) -> Path:
     """The run folder itself; of a chain of stages that of the last stage with a saved failure, if there is one."""
     if not (run / "stages.json").is_file():
         return run
-    stages = [run / stage["folder"] for stage in json.loads((run / "stages.json").read_text())]
-    return next((stage for stage in reversed(stages) if (stage / "failures").is_dir()), run)
+    return next((stage for stage in reversed(stage_folders(run)) if (stage / "failures").is_dir()), run)
 
 
 def find_failure(run: Path, name: str | None) -> Path | None:
     """The folder of a failure; None where a run has none and none was asked for. name: None for the newest."""
     if not (run / "config.yaml").is_file():
         raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
-    saved = sorted(path.parent for path in (run / "failures").glob("step_*/failure.json"))
+    saved = sorted(path for path in (run / "failures").glob("step_*") if path.is_dir())
     if name is None:
         return saved[-1] if saved else None
     chosen = run / "failures" / name

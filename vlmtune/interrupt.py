@@ -27,10 +27,11 @@ class Interrupted(Exception):
 class StopRequest:
     """Whether a signal came. Outside `deferred` it raises Interrupted on the spot; inside, the code asks `number`.
 
-    A second signal always stops on the spot: whoever sends it does not want to wait.
+    A second signal always stops on the spot: whoever sends it does not want to wait. again: how the user goes on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, again: str = "the same command continues") -> None:
+        self.again = again
         self.number: int | None = None
         self._is_deferred = False
 
@@ -78,9 +79,8 @@ class StopRequest:
         if not (self._is_deferred and is_first):
             raise self._interrupted(number)
 
-    @staticmethod
-    def _interrupted(number: int) -> Interrupted:
-        return Interrupted(number, f"stopped by {signal.Signals(number).name}; the same command continues")
+    def _interrupted(self, number: int) -> Interrupted:
+        return Interrupted(number, f"stopped by {signal.Signals(number).name}; {self.again}")
 
 
 def leave_signals_to_parent() -> None:

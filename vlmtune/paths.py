@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,6 +36,33 @@ def require_folder(path: Path, what: str, remedy: str) -> Path:
     if not existing.is_dir() or not _takes_files(existing):
         raise VlmtuneError(f"{what} {path} cannot be written ({existing} is not a writable folder); {remedy}.")
     return path
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine out of a run folder. Raises VlmtuneError where one is in it.
+
+    The lock is a hidden file beside the folder, which a restart deletes; the system frees it however the process ends.
+    It is no lock of workers that are forked inside. File systems that know no locks are used without one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise VlmtuneError(
+                    f"{folder}: another process ({file.read().strip() or 'unknown'}) is training in this folder; wait "
+                    "until it has ended, or set run=… to another."
+                ) from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

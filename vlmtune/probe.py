@@ -6,6 +6,7 @@ Weights that load without a complaint and do nothing (renamed keys, another base
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def require_same_losses(folder: Path, described: dict, model: nn.Module, precisi
         return
     now = Probe.load(folder).losses(model, precision)
     limit = max(TOLERANCE[precision], TOLERANCE[before["precision"]])
-    if all(abs(a - b) <= limit * max(1.0, abs(b)) for a, b in zip(now, before["losses"], strict=True)):
+    pairs = list(zip(now, before["losses"], strict=True))
+    if all(abs(a - b) <= limit * max(1.0, abs(b)) or (math.isnan(a) and math.isnan(b)) for a, b in pairs):
         return
     shown = [", ".join(f"{loss:.4f}" for loss in losses) for losses in (before["losses"], now)]
     raise VlmtuneError(

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -23,35 +23,8 @@ from rich.console import Console
 
 from vlmtune import __version__
 from vlmtune.adapt.memory import PeakMeter
-from vlmtune.adapt.plan import Plan, apply_plan
-from vlmtune.build import (
-    FittedData,
-    best_device,
-    build_encoder,
-    build_eval_groups,
-    build_steps,
-    build_train,
-    changes,
-    count_samples,
-    describe_new_tokens,
-    describe_sources,
-    describe_surveys,
-    fingerprint_tree,
-    fit_data,
-    load_base,
-    remarks_on_prompts,
-    step_loader,
-)
-from vlmtune.build_course import (
-    apply_formats,
-    build_optimizer,
-    build_recovery,
-    build_settings,
-    build_tower,
-    lr_scaling,
-    policies,
-)
-from vlmtune.build_loss import build_objective
+from vlmtune.build import best_device, changes, count_samples, fingerprint_tree, step_loader
+from vlmtune.build_course import build_optimizer, build_recovery, build_tower, lr_scaling
 from vlmtune.checkpoint import (
     TrainState,
     checkpoint_folders,
@@ -60,43 +33,33 @@ from vlmtune.checkpoint import (
     read_state,
     set_aside,
 )
-from vlmtune.checks.before import batchnorm_findings
 from vlmtune.composition import composition, composition_table
 from vlmtune.config import Config, differing_keys, dump_config, load_config
-from vlmtune.data.batch import collate
-from vlmtune.data.encode import Encoder
 from vlmtune.data.loader import Steps
 from vlmtune.data.sampling import TemperatureOrder
-from vlmtune.data.sources import SampleSource
 from vlmtune.data.survey import fitted_sample
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.failure import investigator
 from vlmtune.interrupt import StopRequest
-from vlmtune.losses.objective import Objective
-from vlmtune.models.quantise import place
-from vlmtune.models.vlm import checkpoint_activations
-from vlmtune.observe.log import CountingBar, History, ProgressLine, TensorBoard, duration
+from vlmtune.observe.log import History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
 from vlmtune.observer import Observer
-from vlmtune.optim.optimizer import usable_here
-from vlmtune.optim.precision import resolve_precision
 from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
-from vlmtune.paths import require_folder, write_text
-from vlmtune.probe import SAMPLES, Probe, require_same_losses
+from vlmtune.paths import alone_in, require_folder, write_text
+from vlmtune.prepare import Prepared, prepare, probe_of
+from vlmtune.probe import require_same_losses
+from vlmtune.sealed import finite, read_json
 from vlmtune.start import (
     MemoryReport,
-    Phase,
-    check_start,
     describe_phases,
     describe_start,
-    first_micro_batches,
     held_bytes,
-    predict_phases,
     require_disk,
+    require_no_failure,
 )
-from vlmtune.trainer import Settings, Trainer
+from vlmtune.trainer import Trainer
 from vlmtune.types import Finding, VlmtuneError
 from vlmtune.view import histograms, token_view
 
@@ -106,47 +69,50 @@ FIRST_BATCH_SHOWN = 8  # samples of the first batch in first_batch.html
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pydantic")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a run trains with, before its folder is touched."""
-
-    model: torch.nn.Module
-    encoder: Encoder
-    sources: list[SampleSource]
-    groups: dict[str, list[SampleSource]]
-    fitted: FittedData
-    steps: Steps
-    settings: Settings
-    plan: Plan
-    objective: Objective
-    findings: list[Finding]
-    predictions: list[Phase]
-
-
 def train(
     config: Config,
     console: Console,
     restart: bool = False,
     observers: Sequence[Observer] = (),
     stop: StopRequest | None = None,
+    check: bool = True,
 ) -> dict:
     """Run (or continue) the training a config describes; returns the summary that is also written to summary.json.
 
     observers: told of the run besides those that write its folder. stop: asks it to end; by default nobody does.
+    check: look at the start, the settings and memory first, and refuse what cannot go well.
     Raises VlmtuneError before anything is written for a config whose run folder cannot be written or belongs to
     another config, and during the run for whatever stops it; Interrupted where `stop` was asked to.
     """
+    require_folder(Path(config.run), "run folder", "set run=…")
+    with alone_in(Path(config.run)):
+        return _train(config, console, restart, observers, stop, check)
+
+
+def _train(
+    config: Config,
+    console: Console,
+    restart: bool,
+    observers: Sequence[Observer],
+    stop: StopRequest | None,
+    check: bool,
+) -> dict:
     folder = Path(config.run)
     fingerprint = config_fingerprint(fingerprint_tree(config))
     checkpoint = prepare_folder(config, fingerprint, restart, console)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
+    if checkpoint is not None:
+        read_before(folder / "before.json")  # a damaged one is said now, not after the training
     device = best_device()
     torch.manual_seed(config.train.seed)
-    made = prepare(config, device, console)
+    made = prepare(config, device, console, check)
+    require_no_failure(made.judged, "check")
     require_disk(folder / "checkpoints", made.model, made.plan, config, console)
-    open_folder(config, made, checkpoint, restart, device)
-    describe_start(made.model, made.plan, made.findings, console)
+    open_folder(config, made, checkpoint, restart, device, check)
+    describe_start(made.model, made.plan, made.findings, made.judged, console)
+    if not check:
+        console.print("check: not looked at (--no-check)", highlight=False)
     sources, steps, settings = made.sources, made.steps, made.settings
     some = [(source, made.encoder.encode(sources[source][row])) for source, row in loss_samples(steps)]
     rows = composition(steps, sources, some)
@@ -172,7 +138,7 @@ def train(
         console.print("evaluation before training …")
         measured = measure(config, made, None)
         require_best(config.checkpoint.best, measured.metrics)
-        write_text(before_file, json.dumps(evaluation_record(measured)))
+        write_text(before_file, json.dumps(finite(evaluation_record(measured))))
 
     meter = PeakMeter(device, held_bytes(made.model))
     by_source = count_samples(steps.order, sources)
@@ -208,45 +174,9 @@ def train(
         board.close()
 
 
-def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
-    """Build all parts, count the data, apply the plan, and check how everything begins."""
-    base = load_base(config)
-    model = base.model
-    encoder = build_encoder(base.processor, model, config.data)
-    train_set = build_train(config.data)
-    sources, weights = [member.source for member in train_set], [member.weight for member in train_set]
-    groups = build_eval_groups(config)
-    for line in describe_sources(sources, groups):
-        console.print(f"data: {line}", highlight=False, markup=False)
-    optimizer_remark = usable_here(config.optim.name, device)[1]
-    remarks = [remark for remark in (base.remark, optimizer_remark) if remark]
-    for line in [*remarks, *remarks_on_prompts(config, encoder)]:
-        console.print(f"note: {line}", highlight=False, markup=False)
-    if base.new_tokens:
-        console.print(describe_new_tokens(base), highlight=False, markup=False)
-    with CountingBar(console) as bar:
-        fitted = fit_data(config, encoder, sources, groups, bar)
-    sources, groups = fitted.sources, fitted.groups
-    for line in describe_surveys(config, fitted):
-        console.print(f"data: {line}", highlight=False, markup=False)
-    precision = resolve_precision(config.train.precision, device)
-    settings = build_settings(config, [source.size for source in sources], precision)
-    steps = build_steps(config, sources, weights, encoder, settings.total_steps)
-    plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
-    objective = build_objective(config, sources, plan, encoder)
-    if config.train.gradient_checkpointing:
-        checkpoint_activations(model)
-    place(model, device)
-    for line in apply_formats(model, plan, config):
-        console.print(line, highlight=False, markup=False)
-    batches = first_micro_batches(steps)
-    findings = check_start(model, plan, encoder, batches[0], precision)
-    findings += batchnorm_findings(model, plan, batches, any(rule.batchnorm == "sync" for rule in config.plan))
-    predictions = predict_phases(config, settings, model, batches, base.new_tokens, device)
-    return Prepared(model, encoder, sources, groups, fitted, steps, settings, plan, objective, findings, predictions)
-
-
-def open_folder(config: Config, made: Prepared, checkpoint: Path | None, restart: bool, device: torch.device) -> None:
+def open_folder(
+    config: Config, made: Prepared, checkpoint: Path | None, restart: bool, device: torch.device, checked: bool
+) -> None:
     """Write what a run folder holds before its first step. Raises VlmtuneError where the data changed meanwhile."""
     folder = Path(config.run)
     changed = {
@@ -263,7 +193,8 @@ def open_folder(config: Config, made: Prepared, checkpoint: Path | None, restart
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "assignment.json", json.dumps(made.plan.rows, indent=1))  # first: it marks a run folder
     write_text(folder / "config.yaml", dump_config(config))
-    write_text(folder / "environment.json", json.dumps(environment(made.settings.precision, device), indent=1))
+    environ = environment(made.settings.precision, device) | {"checked": checked}
+    write_text(folder / "environment.json", json.dumps(environ, indent=1))
     for name, text in changed.items():
         write_text(folder / name, text)
     first = [made.steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
@@ -272,7 +203,8 @@ def open_folder(config: Config, made: Prepared, checkpoint: Path | None, restart
         [token_view(made.encoder, fitted_sample(made.sources[s], row)) for s, row in first],
         histograms(config, made.fitted),
     )
-    write_text(folder / "start.json", json.dumps([finding.__dict__ for finding in made.findings], indent=1))
+    findings = [asdict(finding) for finding in [*made.findings, *made.judged]]
+    write_text(folder / "start.json", json.dumps(findings, indent=1))
 
 
 def measure(config: Config, made: Prepared, limit: int | None) -> Evaluation:
@@ -283,13 +215,6 @@ def measure(config: Config, made: Prepared, limit: int | None) -> Evaluation:
         made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
     )  # fmt: skip
-
-
-def probe_of(steps: Steps) -> Probe:
-    """The first samples of the run."""
-    samples = [steps.order[k] for k in range(min(SAMPLES, steps.batch_size))]
-    encoded = [steps.encoder.encode(steps.sources[source][row]) for source, row in samples]
-    return Probe(collate(encoded, steps.encoder.pad_token_id))
 
 
 def finish(
@@ -307,12 +232,17 @@ def finish(
     before = read_before(folder / "before.json")
     by_source = count_samples(made.steps.order, made.sources)
     summary = summarise(before, after, state, made.settings.total_steps, by_source(state.samples))
-    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    write_text(folder / "summary.json", json.dumps(finite(summary), indent=1))
     if after is not None:
         write_text(folder / "samples.json", json.dumps(gallery(folder, before, after, config.evaluate.gallery)))
     page = write_page(folder)
     if summary["metrics"]:
         console.print(metrics_table(summary["metrics"]))
+    if state.skipped:
+        console.print(
+            f"{len(state.skipped)} of {state.step} steps made no update, {len(state.rewinds)} times the run went back: "
+            "what was found is on the page", highlight=False,
+        )  # fmt: skip
     console.print(f"trained {state.step} steps in {duration(state.seconds)}; report: {page}", highlight=False)
     return summary
 
@@ -323,7 +253,6 @@ def prepare_folder(config: Config, fingerprint: str, restart: bool, console: Con
     Damaged ones that are newer are named and set aside; nothing else is changed.
     """
     folder = Path(config.run)
-    require_folder(folder, "run folder", "set run=…")
     # hidden names are drafts of a run that was killed while it wrote its first file
     used = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
     if used and not (folder / "assignment.json").exists():
@@ -363,13 +292,7 @@ def read_before(path: Path) -> dict | None:
     """What was measured before training; None where nothing was. Raises VlmtuneError for a damaged file."""
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise VlmtuneError(
-            f"{path} is damaged ({error}); delete it and run the same command again: the report then has no figures "
-            "from before training."
-        ) from error
+    return read_json(path, "delete it and run the same command again: the report then has none of before training")
 
 
 def loss_samples(steps: Steps) -> list[tuple[int, int]]:

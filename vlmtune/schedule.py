@@ -73,7 +73,15 @@ class Length:
         """As `parse`, for what must not be nothing: a whole training, an interval."""
         length = cls.parse(text)
         if length.amount == 0:
-            raise VlmtuneError(f"length {text!r}: it must be more than zero.")
+            raise VlmtuneError(f"length {text!r} is nothing; it must be more than zero.")
+        return length
+
+    @classmethod
+    def parse_whole(cls, text: str | int | float) -> Length:
+        """As `parse_positive`, for the whole training, which is no share of anything."""
+        length = cls.parse_positive(text)
+        if length.unit == "%":
+            raise VlmtuneError(f"length {text!r}: a share of what? write steps, samples or epochs.")
         return length
 
     def steps(self, samples_per_step: int, samples_per_epoch: int | None, total: int | None = None) -> int:

@@ -30,17 +30,18 @@ from vlmtune.observe.log import read_history
 from vlmtune.observe.page import write_page
 from vlmtune.observer import Observer
 from vlmtune.optim.precision import resolve_precision
-from vlmtune.paths import require_folder, write_text
+from vlmtune.paths import alone_in, require_folder, write_text
 from vlmtune.run import train
+from vlmtune.sealed import read_json
 from vlmtune.types import Finding, VlmtuneError
 
 EVERY_SECONDS = 20  # between two looks at the running stage
 
 
 def train_chain(
-    chain: Chain, console: Console, restart: bool = False, stop: StopRequest | None = None
+    chain: Chain, console: Console, restart: bool = False, stop: StopRequest | None = None, check: bool = True
 ) -> dict[str, Any]:
-    """Run (or continue) all stages; returns what summary.json of the chain holds.
+    """Run (or continue) all stages; returns what summary.json of the chain holds. check: as `run.train`.
 
     Finished stages are left as they are, an unfinished one goes on where it was. Raises VlmtuneError before anything
     trains for a stage whose result cannot be merged and for a folder of another chain; Interrupted as `run.train`.
@@ -50,6 +51,13 @@ def train_chain(
     _require_readouts_once(chain)
     _require_startable(chain)
     _require_own_folder(folder, chain, restart)
+    with alone_in(folder):
+        return _train_stages(chain, folder, console, restart, stop, check)
+
+
+def _train_stages(
+    chain: Chain, folder: Path, console: Console, restart: bool, stop: StopRequest | None, check: bool
+) -> dict[str, Any]:
     if restart and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +72,7 @@ def train_chain(
             write_page(run)  # the last thing that a run does; it may have been killed before
         else:
             try:
-                train(config, console, observers=[Joined(folder, chain)], stop=stop)
+                train(config, console, observers=[Joined(folder, chain)], stop=stop, check=check)
             except (Interrupted, VlmtuneError):
                 join(folder, chain)
                 raise
@@ -195,7 +203,8 @@ def join(folder: Path, chain: Chain) -> dict[str, Any]:
     for described, config in zip(_described(chain), chain.stages.values(), strict=True):
         run = Path(config.run)
         own = read_history(run / "history.jsonl")
-        summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else None
+        file = run / "summary.json"
+        summary = read_json(file, "delete it and start the chain again") if file.is_file() else None
         steps = summary["steps"] if summary else max((record["step"] for record in own), default=0)
         records += [
             record | {"stage": described["name"], "stage_step": record["step"], "step": first + record["step"]}

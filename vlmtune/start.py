@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,7 @@ from vlmtune.trainer import Settings
 from vlmtune.types import Batch, Finding, VlmtuneError
 
 MIB = 2**20
+TIGHT, TOO_LARGE = 0.9, 1.2  # of the memory that is there
 
 
 def first_micro_batches(steps: Steps) -> list[Batch]:
@@ -71,10 +73,15 @@ def check_start(
     with autocast(precision, model.device):
         findings = initial_findings(model, plan, len(encoder.processor.tokenizer), batch.inputs)
     torch.set_rng_state(rng)
+    require_no_failure(findings, "start")
+    return findings
+
+
+def require_no_failure(findings: Sequence[Finding], where: str) -> None:
+    """Raise VlmtuneError for the first finding that fails."""
     for finding in findings:
         if finding.level == "fail":
-            raise VlmtuneError(f"start: {finding.what}: no, {finding.evidence}; {finding.remedy}.")
-    return findings
+            raise VlmtuneError(f"{where}: {finding.what}: no, {finding.evidence}; {finding.remedy}.")
 
 
 def describe_findings(findings: list[Finding]) -> list[str]:
@@ -86,10 +93,22 @@ def describe_findings(findings: list[Finding]) -> list[str]:
     ]
 
 
-def describe_start(model: torch.nn.Module, plan: Plan, findings: list[Finding], console: Console) -> None:
-    """The table of what trains, a line for each finding, and a line for each way of using the result."""
+def describe_judged(findings: Sequence[Finding]) -> list[str]:
+    """A line for each value that should be looked at, and one that counts the others."""
+    odd = [finding for finding in findings if finding.level != "pass"]
+    lines = [f"check: {f.level}: {f.what}: {f.evidence}; {f.remedy}" for f in odd]
+    if fine := len(findings) - len(odd):
+        lines.append(f"check: pass: {fine} more figures are as usual, see start.json")
+    return lines
+
+
+def describe_start(
+    model: torch.nn.Module, plan: Plan, findings: list[Finding], judged: list[Finding], console: Console
+) -> None:
+    """The table of what trains, lines for the findings, and a line for each way of using the result."""
     console.print(assignment_table(plan.rows))
-    for line in [*describe_findings(findings), *(f"use it: {note}" for note in serving_notes(model, plan))]:
+    notes = [f"use it: {note}" for note in serving_notes(model, plan)]
+    for line in [*describe_findings(findings), *describe_judged(judged), *notes]:
         console.print(line, highlight=False, markup=False)
 
 
@@ -126,6 +145,32 @@ def predict_phases(
         found = _predict(config, rules, model, batches, new_tokens, settings.precision, device)
         phases.append(Phase(first, active, found))
     return phases
+
+
+def memory_finding(phases: Sequence[Phase], device: torch.device) -> Finding:
+    """Whether the largest step of the run fits into this machine. Predictions are right to about a fifth."""
+    what = "memory suffices"
+    sizes = [phase.predicted.total for phase in phases if not isinstance(phase.predicted, str)]
+    if not sizes:
+        return Finding("pass", what, f"unknown: {phases[0].predicted}")
+    predicted, there = max(sizes), memory_there(device)
+    evidence = f"predicted {predicted / MIB:,.0f} MiB of {there / MIB:,.0f}"
+    remedy = "lower train.micro_batch_size or data.max_pixels, set train.gradient_checkpointing, or ask `vlmtune plan`"
+    if predicted > TOO_LARGE * there:
+        return Finding("fail", what, evidence, remedy)
+    if predicted > TIGHT * there:
+        return Finding("warn", what, f"barely: {evidence}", remedy)
+    return Finding("pass", what, evidence)
+
+
+def memory_there(device: torch.device) -> int:
+    """Bytes that this process can have: of the GPU, or what is free and its own, within its control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    there = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return there if text == "max" else min(there, int(text))
 
 
 def describe_phases(phases: list[Phase], settings: Settings) -> list[str]:
@@ -167,21 +212,29 @@ def require_disk(folder: Path, model: torch.nn.Module, plan: Plan, config: Confi
 
     At the most there are `checkpoint.keep` of them, the best one, and one that is being written.
     """
+    finding = disk_finding(folder, model, plan, config)
+    if finding.level == "fail":
+        raise VlmtuneError(f"{folder}: {finding.evidence}; {finding.remedy}.")
+    console.print(f"checkpoints: {finding.evidence}", highlight=False)
+
+
+def disk_finding(folder: Path, model: torch.nn.Module, plan: Plan, config: Config) -> Finding:
+    """Whether the disk holds the checkpoints of a run. folder: of the checkpoints; what is in it counts."""
+    what = "the disk holds the checkpoints"
     count = config.checkpoint.keep + 2
     size = checkpoint_bytes(model, plan, config.optim.name)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     place = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(place).free
-    console.print(
-        f"checkpoints: about {size / MIB:,.1f} MiB each, at most {count} at a time; {free / 2**30:,.1f} GiB are free",
-        highlight=False,
-    )
     if count * size - there > free:
-        raise VlmtuneError(
-            f"{folder}: {count} checkpoints of {size / MIB:,.0f} MiB need {count * size / MIB:,.0f} MiB, but "
-            f"{free / MIB:,.0f} MiB are free on that disk; free some space, set run to another disk, or lower "
-            "checkpoint.keep."
-        )
+        return Finding(
+            "fail", what,
+            f"{count} checkpoints of {size / MIB:,.0f} MiB need {count * size / MIB:,.0f} MiB, but "
+            f"{free / MIB:,.0f} MiB are free on that disk",
+            "free some space, set run to another disk, or lower checkpoint.keep",
+        )  # fmt: skip
+    evidence = f"about {size / MIB:,.1f} MiB each, at most {count} at a time; {free / 2**30:,.1f} GiB are free"
+    return Finding("pass", what, evidence)
 
 
 def checkpoint_bytes(model: torch.nn.Module, plan: Plan, optimizer: str) -> int:

@@ -45,6 +45,7 @@ from vlmtune.schedule import Rate
 from vlmtune.step import StepLosses, TrainingModule
 from vlmtune.types import Batch, Finding, VlmtuneError
 
+NOTHING_FINITE = "the stored samples have no finite loss"
 HISTORY = 200  # steps whose loss and norm are remembered for a diagnosis
 
 
@@ -93,11 +94,13 @@ class LossDriven(Protocol):
 
 @dataclass(frozen=True)
 class Past:
-    """Of a step that was made: its loss, the gradient norms by rule ("total" of all), and the loss scale."""
+    """Of a step that was made: its loss, the gradient norms by rule ("total" of all), the loss scale, and its number,
+    counted from 1."""
 
     loss: float
     norms: dict[str, float]
     scale: float
+    step: int
 
 
 class Trainer:
@@ -170,6 +173,9 @@ class Trainer:
             self.sampling.restore(self.state.extra["sampling"])
         if self.scale is not None and self.state.loss_scale is not None:
             self.scale = LossScale(**self.state.loss_scale)
+        patience = self.settings.patience
+        if patience is None or self.state.waited < patience:
+            self.state.stopped = None  # somebody is more patient now
         for name, watch in self._watches().items():
             if name in self.state.extra:
                 watch.restore(self.state.extra[name])
@@ -193,11 +199,9 @@ class Trainer:
                 while self.state.step < self.settings.total_steps and self.state.stopped is None:
                     self._train_until_rewind()
             except Interrupted as interrupted:
-                if self._saved_step != self.state.step:
-                    self.save()
-                raise Interrupted(
-                    interrupted.number, f"{interrupted}; a checkpoint of step {self.state.step} is written."
-                ) from interrupted
+                is_saved = self._saved_step == self.state.step or self._save_if_sound()
+                where = f"a checkpoint of step {self.state.step} is written" if is_saved else NOTHING_FINITE
+                raise Interrupted(interrupted.number, f"{interrupted}; {where}.") from interrupted
         return self.state
 
     def _train_until_rewind(self) -> None:
@@ -222,7 +226,7 @@ class Trainer:
                 self.run_evaluation()
             is_due = self._checkpoint_is_due() or state.stopped
             if is_due and self._saved_step != state.step:  # the evaluation saves what it finds best
-                self.save()
+                self._save_if_sound()
             if state.stopped:
                 return
             self.stop.raise_if_asked()
@@ -258,8 +262,10 @@ class Trainer:
             if self.recovery.nonfinite != "skip":
                 raise
             self._require_patience(failure)
+            if self._is_ruined():  # then every batch would be left out
+                raise
             self.state.skipped.append(self.state.step)
-            self._find("warn", "a step is not finite", f"{failure}", "its batch is left out")
+            self._find("warn", "a step is not finite", f"{failure}".rstrip("."), "its batch is left out")
             return self._pass_over(micro_batches)
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, Any]:
@@ -306,7 +312,7 @@ class Trainer:
         if self.sampling is not None:
             self.sampling.observe(sums.tasks)
         counted = self._count(micro_batches)
-        self.history.append(Past(sums.total, norms, scale))
+        self.history.append(Past(sums.total, norms, scale, state.step))
         for finding in self.gradients.observe(rows) if rows is not None else ():
             self._find(finding.level, finding.what, finding.evidence, finding.remedy)
         return {
@@ -385,11 +391,14 @@ class Trainer:
         """Go back a checkpoint if the policy says so. Raises what the user reads otherwise."""
         if self.recovery.nonfinite == "rewind":
             self._require_patience(failure)
-            self.rewind(f"{failure}")
+            self.rewind(f"{failure}".rstrip("."))
             return
-        if self._weights_are_finite() and self._saved_step != self.state.step:
+        said = f"{failure}" if failure.cause else f"{failure} {failure.remedy}"
+        if self._is_ruined():
+            raise VlmtuneError(f"{said} {self._ruined()}")
+        if self._saved_step != self.state.step:
             self.save()  # everything needed to go on
-        raise VlmtuneError(f"{failure}" if failure.cause else f"{failure} {failure.remedy}")
+        raise VlmtuneError(said)
 
     def _require_patience(self, failure: Exception) -> None:
         """Raise VlmtuneError where the run has been mended as often as it may be."""
@@ -404,6 +413,12 @@ class Trainer:
         """Watch the loss, and now and then the stored samples; returns whether the run went back because of it."""
         if "loss" not in metrics:
             return False
+        if self.recovery.nonfinite == "rewind" and self._probe_is_due() and self._is_ruined():
+            said = f"step {self.state.step}: {NOTHING_FINITE}"
+            self.state.step -= 1  # the step that is left out when it comes again
+            self._require_patience(VlmtuneError(f"{said};"))
+            self.rewind(said)
+            return True
         finding = self.watch.observe(metrics["loss"]) or self._compare_with_start()
         if finding is None:
             return False
@@ -416,12 +431,45 @@ class Trainer:
         return True
 
     def _compare_with_start(self) -> Finding | None:
-        """After steps 1, 2, 4, 8, … (a rate that is too high ruins a model in its first steps), and before checkpoints,
-        which hold these losses anyway."""
-        is_power_of_two = self.state.step & (self.state.step - 1) == 0
-        if self.probe is None or not (is_power_of_two or self._checkpoint_is_due()):
+        if self.probe is None or not self._probe_is_due():
             return None
         return self.start.observe(self._losses_of(self.probe))
+
+    def _probe_is_due(self) -> bool:
+        """After steps 1, 2, 4, 8, … (a rate that is too high ruins a model in its first steps), and before checkpoints,
+        which hold these losses anyway."""
+        return self.state.step & (self.state.step - 1) == 0 or self._checkpoint_is_due()
+
+    def _is_ruined(self) -> bool:
+        """Whether the weights answer nothing finite, or are not finite themselves: no batch is to blame then."""
+        if self.start.is_telling and not all(math.isfinite(loss) for loss in self._losses_of(self.probe)):
+            return True
+        norms = torch._foreach_norm([p.detach() for p in self.plan.parameters.values()])
+        return not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
+
+    def _ruined(self) -> str:
+        """What is left of a run whose weights are ruined, and what helps."""
+        newest = newest_whole_checkpoint(self.folder)[0]
+        left = "no earlier one exists" if newest is None else f"{newest.name} is the newest"
+        return (
+            f"The weights themselves give no finite loss any more, so no checkpoint of step {self.state.step} is "
+            f"written; {left}. Lower the learning rates in a new run, or continue this one with "
+            "stability.nonfinite=rewind, which goes back and lowers them."
+        )
+
+    def _save_if_sound(self) -> bool:
+        """Write a checkpoint, unless the weights are ruined: then the next step fails, and says why.
+
+        Raises VlmtuneError where there is no next step.
+        """
+        if not self._is_ruined():
+            self.save()
+            return True
+        said = f"step {self.state.step}: {NOTHING_FINITE}"
+        if self.state.stopped or self.state.step == self.settings.total_steps:
+            raise VlmtuneError(f"{said}. {self._ruined()}")
+        self._find("warn", "no checkpoint is written", said, "lower the learning rates: the weights are ruined")
+        return False
 
     def _losses_of(self, probe: Probe) -> list[float]:
         if self._probed is None:
@@ -442,6 +490,7 @@ class Trainer:
         state = self.state
         state.skipped, state.rewinds = [*skipped, failed], [*rewinds, [failed, state.step]]
         state.lr_scale, state.seconds = scale, seconds
+        self.history = deque((past for past in self.history if past.step <= state.step), HISTORY)
         self._activate(state.step)
         set_training_mode(self.model)
         self.save()
@@ -451,10 +500,6 @@ class Trainer:
             f"it continues from step {state.step} with {scale:g} x the learning rates, without the batch of step "
             f"{failed + 1}",
         )  # fmt: skip
-
-    def _weights_are_finite(self) -> bool:
-        norms = torch._foreach_norm([p.detach() for p in self.plan.parameters.values()])
-        return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
 
     def _find(self, level: str, what: str, evidence: str, remedy: str) -> None:
         finding = Finding(level, what, evidence, remedy)
@@ -509,8 +554,9 @@ class Trainer:
         state.waited += 1
         if patience is not None and state.waited >= patience:
             state.stopped = (
-                f"{self.settings.best} was not better than {state.reference:.4g} for {state.waited} evaluations "
-                "(checkpoint.patience)"
+                f"{self.settings.best} was not better than {state.reference:.4g}"
+                + (f" by {self.settings.delta:g} (checkpoint.delta)" if self.settings.delta else "")
+                + f" for {state.waited} evaluations (checkpoint.patience)"
             )
 
     def save(self) -> Path:

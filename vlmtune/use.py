@@ -36,6 +36,7 @@ from vlmtune.observe.log import CountingBar
 from vlmtune.optim.precision import Precision, autocast, resolve_precision
 from vlmtune.outcome import metrics_table
 from vlmtune.probe import require_same_losses
+from vlmtune.sealed import stage_folders
 from vlmtune.types import Box, Boxes, ImageRef, Point, Sample, Text, Turn, VlmtuneError
 
 
@@ -70,19 +71,23 @@ def load_run(run: Path, checkpoint: str, as_stored: bool = True) -> Loaded:
         described = load_weights(folder, base.model, plan)
         apply_formats(base.model, plan, config)
         place(base.model, base.model.device)  # read-outs and new rows to where a quantised base was read
-    mixed = any(policy.store != "fp32" for _, policy in rules)
-    precision = resolve_precision(config.train.precision, best_device()) if mixed else "fp32"
+    precision = products_of(config) if as_stored else "fp32"
     if folder is not None and (as_stored or not any(policy.store in QUANTISED for _, policy in policies(config))):
         require_same_losses(folder, described, base.model, precision)
     return Loaded(base.model.eval(), encoder, config, base.path, plan, precision)
+
+
+def products_of(config: Config) -> Precision:
+    """The format that products of a finished model need: float32, unless some weights are kept in a shorter one."""
+    is_mixed = any(policy.store != "fp32" for _, policy in policies(config))
+    return resolve_precision(config.train.precision, best_device()) if is_mixed else "fp32"
 
 
 def last_stage(run: Path) -> Path:
     """The run folder itself; of a chain of stages that of the last one with a checkpoint."""
     if not (run / "stages.json").is_file():
         return run
-    stages = [run / stage["folder"] for stage in json.loads((run / "stages.json").read_text())]
-    begun = [stage for stage in stages if checkpoints(stage / "checkpoints")]
+    begun = [stage for stage in stage_folders(run) if checkpoints(stage / "checkpoints")]
     if not begun:
         raise VlmtuneError(f"{run}: no stage of this chain has a checkpoint yet; train it first.")
     return begun[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from training_setup import PLAN, write_data
+from training_setup import IN_FULL, PLAN, STAGE_STEPS, write_data
 
 from vlmtune import cli
 
@@ -35,6 +35,36 @@ def write_config(tiny_folder, rows, tmp_path) -> Callable[..., Path]:
             "checkpoint": {"every": 1},
             **sections,
         }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def chain(tiny_folder, rows, tmp_path):
+    """`chain("name")` -> the YAML file of a chain of three stages in tmp_path/name."""
+
+    def write(name: str, **top) -> Path:
+        source = {"path": str(rows)}
+        tree = {
+            "model": str(tiny_folder("llava")),
+            "run": str(tmp_path / name),
+            "data": {"train": [source], "eval": {"val": [source | {"limit": 3}]}, "workers": 0},
+            "optim": {"lr": 5e-3, "warmup": 1},
+            "train": {"batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "log_every": 1},
+            "checkpoint": {"every": 1},
+            "evaluate": {"generate": False},
+            "stages": [
+                {"name": "align", "plan": IN_FULL, "train": {"length": STAGE_STEPS["align"]}},
+                {"name": "tasks", "plan": IN_FULL, "train": {"length": STAGE_STEPS["tasks"]},
+                 "data": {"max_length": 256},
+                 "loss": {"balance": {"by": "fixed", "weights": {"caption": 0.7, "vqa": 0.3}}}},
+                {"name": "instruct", "plan": PLAN, "train": {"length": STAGE_STEPS["instruct"]}},
+            ],
+            **top,
+        }  # fmt: skip
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from vlmtune import cli
 from vlmtune.checkpoint import latest_checkpoint, read_state
 from vlmtune.config import load_config
-from vlmtune.observe.log import read_history
+from vlmtune.observe.log import History, read_history
+from vlmtune.paths import alone_in
 
 
 def run_of(config: Path) -> Path:
@@ -226,8 +228,6 @@ def test_a_write_that_fails_keeps_the_run(write_config, vlmtune):
     run = run_of(config)
 
     def limited() -> None:
-        from vlmtune.observe.log import History
-
         before = History.on_step
 
         def and_limit(self, state, metrics):
@@ -246,6 +246,76 @@ def test_a_write_that_fails_keeps_the_run(write_config, vlmtune):
     assert [p for p in (run / "checkpoints").iterdir() if p.name.startswith(".step")] == []
     code, out, _ = vlmtune("train", config)
     assert code == 0 and "(step 2)" in out
+
+
+def test_two_processes_do_not_train_in_one_folder(write_config, tmp_path, vlmtune):
+    """The second says who is there; once the first has gone, by whatever signal, it may."""
+    config = write_config("shared", 3)
+    ready, report = os.pipe()
+
+    def hold() -> None:
+        with alone_in(run_of(config)):
+            os.write(report, b"!")
+            time.sleep(600)
+
+    pid = fork(hold)
+    os.read(ready, 1)
+    code, _, err = vlmtune("train", config)
+    assert code == 1 and f"another process ({pid} on " in err and not run_of(config).exists()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert vlmtune("train", config)[0] == 0
+
+
+def test_a_stop_of_a_restarted_run_says_how_to_go_on(write_config, vlmtune, monkeypatch):
+    before = History.on_step
+
+    def and_stop(self, state, metrics):
+        before(self, state, metrics)
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(History, "on_step", and_stop)
+    code, _, err = vlmtune("train", write_config("again", 4), "--restart")
+    assert code == 143 and "the same command without --restart continues" in err
+
+
+def test_a_loss_that_is_not_finite_is_null_in_files_for_any_reader(write_config, rows, vlmtune, monkeypatch):
+    """The table shows nan; JSON has no word for it."""
+    held_out = {"train": [{"path": str(rows)}], "eval": {"v": [{"path": str(rows), "limit": 2}]}, "workers": 0}
+    config = write_config("nan", 2, data=held_out, optim={"lr": 1e-3, "warmup": 1}, evaluate={"generate": False})
+    losses = "vlmtune.evaluate.evaluation.token_cross_entropy"
+    monkeypatch.setattr(losses, lambda hidden, head, targets: torch.full(targets.shape, math.nan))
+    assert vlmtune("train", config)[0] == 0
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for name in ("summary.json", "before.json", "history.jsonl"):
+        text = (run_of(config) / name).read_text()
+        for part in text.splitlines() if name == "history.jsonl" else [text]:
+            json.loads(part, parse_constant=refuse)
+    summary = json.loads((run_of(config) / "summary.json").read_text())
+    assert summary["metrics"]["v/vqa"]["loss"] == {"before": None, "after": None}
+
+
+def test_a_damaged_file_from_before_training_is_said_at_the_start(write_config, rows, vlmtune, monkeypatch):
+    held_out = {"train": [{"path": str(rows)}], "eval": {"v": [{"path": str(rows), "limit": 2}]}, "workers": 0}
+    config = write_config("before", 2, data=held_out, optim={"lr": 1e-3, "warmup": 1}, evaluate={"generate": False})
+    assert vlmtune("train", config)[0] == 0
+    (run_of(config) / "before.json").write_text("{")
+    monkeypatch.setattr("vlmtune.run.prepare", lambda *arguments: pytest.fail("too late"))
+    code, _, err = vlmtune("train", config)
+    assert code == 1 and "before.json is damaged" in err and "delete it" in err
+
+
+def test_more_than_the_memory_is_one_sentence(write_config, vlmtune, monkeypatch):
+    def refuse(*arguments):
+        raise MemoryError("Unable to allocate 59.6 GiB")
+
+    monkeypatch.setattr("vlmtune.run.prepare", refuse)
+    code, _, err = vlmtune("train", write_config("huge", 10**9))
+    assert code == 1 and "Unable to allocate 59.6 GiB" in err and "train.length" in err
 
 
 @pytest.fixture

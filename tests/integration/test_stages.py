@@ -6,16 +6,16 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 from run_setup import NULL, fork, numbers
 from safetensors.torch import load_file
-from training_setup import PLAN
+from training_setup import STAGE_STEPS
 
 from vlmtune import export as export_module
 from vlmtune import run as run_module
@@ -23,38 +23,6 @@ from vlmtune.checkpoint import latest_checkpoint
 from vlmtune.config import load_run_config
 from vlmtune.observe.log import History, read_history
 from vlmtune.stages import train_chain
-
-FULL = [{"match": "vision", "train": "frozen"}, {"match": "*", "train": "full", "lr": 1e-3}]
-STEPS = {"align": 4, "tasks": 5, "instruct": 4}
-
-
-@pytest.fixture
-def chain(tiny_folder, rows, tmp_path):
-    """`chain("name")` -> the YAML file of a chain of three stages in tmp_path/name."""
-
-    def write(name: str, **top) -> Path:
-        source = {"path": str(rows)}
-        tree = {
-            "model": str(tiny_folder("llava")),
-            "run": str(tmp_path / name),
-            "data": {"train": [source], "eval": {"val": [source | {"limit": 3}]}, "workers": 0},
-            "optim": {"lr": 5e-3, "warmup": 1},
-            "train": {"batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "log_every": 1},
-            "checkpoint": {"every": 1},
-            "evaluate": {"generate": False},
-            "stages": [
-                {"name": "align", "plan": FULL, "train": {"length": STEPS["align"]}},
-                {"name": "tasks", "plan": FULL, "train": {"length": STEPS["tasks"]}, "data": {"max_length": 256},
-                 "loss": {"balance": {"by": "fixed", "weights": {"caption": 0.7, "vqa": 0.3}}}},
-                {"name": "instruct", "plan": PLAN, "train": {"length": STEPS["instruct"]}},
-            ],
-            **top,
-        }  # fmt: skip
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
-
-    return write
 
 
 def run_quietly(path: Path) -> None:
@@ -111,13 +79,13 @@ def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(chain, tmp_pat
     run_quietly(chain("whole"))
     broken, run = chain("broken"), tmp_path / "broken"
     rng = random.Random(0)
-    for number, (name, steps) in enumerate(STEPS.items(), 1):
+    for number, (name, steps) in enumerate(STAGE_STEPS.items(), 1):
         step = rng.randint(2, steps - 1)
         killed(broken, lambda folder=f"{number}_{name}", step=step: kill_after_record(folder, step))
         assert latest_checkpoint(run / f"{number}_{name}" / "checkpoints").name == f"step_{step - 1:06d}"
         killed(broken, kill_in_finish)
         assert (run / f"{number}_{name}" / "summary.json").exists()
-        if number < len(STEPS):
+        if number < len(STAGE_STEPS):
             killed(broken, kill_in_export)
             assert not (run / f"{number}_{name}" / "exported").exists()
     assert os.waitpid(fork(lambda: run_quietly(broken)), 0)[1] == 0
@@ -129,7 +97,7 @@ def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(chain, tmp_pat
     ]
     assert histories[0] == histories[1]
     assert not [path for path in run.rglob(".*.tmp")]
-    for number, name in enumerate(STEPS, 1):
+    for number, name in enumerate(STAGE_STEPS, 1):
         folder = run / f"{number}_{name}"
         assert (folder / "samples.json").is_file() and "not finished" not in (folder / "report.html").read_text()
 
@@ -141,10 +109,10 @@ def test_one_history_one_summary_one_page(chain, tmp_path, vlmtune):
     assert code == 0, err
     run = tmp_path / "joined"
     records = [r for r in read_history(run / "history.jsonl") if r["kind"] == "train"]
-    assert [r["step"] for r in records] == list(range(1, sum(STEPS.values()) + 1))
-    assert [r["stage"] for r in records] == [name for name, steps in STEPS.items() for _ in range(steps)]
-    assert [r["stage_step"] for r in records] == [n + 1 for steps in STEPS.values() for n in range(steps)]
-    assert sum(r["sources"]["train.jsonl"] for r in records if r["stage_step"] == STEPS[r["stage"]]) == 4 * 13
+    assert [r["step"] for r in records] == list(range(1, sum(STAGE_STEPS.values()) + 1))
+    assert [r["stage"] for r in records] == [name for name, steps in STAGE_STEPS.items() for _ in range(steps)]
+    assert [r["stage_step"] for r in records] == [n + 1 for steps in STAGE_STEPS.values() for n in range(steps)]
+    assert sum(r["sources"]["train.jsonl"] for r in records if r["stage_step"] == STAGE_STEPS[r["stage"]]) == 4 * 13
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 13 and [stage["status"] for stage in summary["stages"]] == ["finished"] * 3
     loss = summary["metrics"]["val/caption"]["loss"]
@@ -155,7 +123,7 @@ def test_one_history_one_summary_one_page(chain, tmp_path, vlmtune):
     )
     page = (run / "report.html").read_text()
     marks = re.findall(r'<text class="stage"[^>]*>(\w+)<', page)
-    assert min(marks.count(stage) for stage in STEPS) >= 3, "in every curve that has its step"
+    assert min(marks.count(stage) for stage in STAGE_STEPS) >= 3, "in every curve that has its step"
     assert 'href="2_tasks/report.html"' in page and "held-out data after each stage" in out
     shares = json.loads((run / "2_tasks" / "composition.json").read_text())
     assert shares[0]["samples"] == 20 and shares[0]["share"] == 1.0 and shares[0]["rows"] == 12
@@ -261,3 +229,27 @@ def test_a_signal_inside_a_stage(chain, tmp_path, vlmtune, monkeypatch):
     monkeypatch.setattr(History, "on_step", before)
     code, out, _ = vlmtune("train", path)
     assert code == 0 and "1_align is finished" in out and "(step 2)" in out
+
+
+def test_a_damaged_export_and_a_damaged_list_of_stages_are_one_sentence(chain, tmp_path, vlmtune):
+    path = chain("damaged")
+    killed(path, lambda: kill_after_record("2_tasks", 2))
+    weights = tmp_path / "damaged" / "1_align" / "exported" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    code, _, err = vlmtune("train", path)
+    assert (
+        code == 1
+        and "1_align/exported' cannot be read" in " ".join(err.split())
+        and "deleted and exported again" in err
+    )
+    shutil.rmtree(weights.parent)
+    assert vlmtune("train", path)[0] == 0
+    (tmp_path / "damaged" / "stages.json").write_text('[{"name": "al')
+    for command in ("doctor", "eval"):
+        code, _, err = vlmtune(command, tmp_path / "damaged")
+        assert code == 1 and "stages.json is damaged" in err and "start the chain again" in err
+
+
+def test_a_stage_whose_model_is_not_there_yet(chain, vlmtune):
+    code, _, err = vlmtune("train", chain("late"), "stage=tasks")
+    assert code == 1 and "train the stage that makes it first" in err

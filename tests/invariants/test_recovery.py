@@ -275,6 +275,50 @@ def test_a_run_that_went_back_from_ruin_resumes_bit_for_bit(probed, tmp_path, ki
     assert same_training(whole, resumed) == []
 
 
+def ruin(setup: Setup, at: int) -> None:
+    """After step `at` the head holds numbers whose products are infinite."""
+
+    class Ruin(Observer):
+        def on_step(self, state, metrics) -> None:
+            if state.step == at and not state.rewinds:
+                with torch.no_grad():
+                    setup.model.get_output_embeddings().weight.fill_(3e38)
+
+    setup.trainer.observers = [*setup.trainer.observers, Ruin()]
+
+
+def with_policy(probed, name: str, nonfinite: str) -> Setup:
+    setup = probed(name, 1e-3)
+    setup.trainer.recovery = Recovery(nonfinite)
+    return setup
+
+
+@pytest.mark.parametrize("at", [3, 4])  # seen in the loss of the next step, or in the stored samples
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_ruined_weights_stop_the_run_and_are_never_saved(probed, tmp_path, policy, at):
+    """No batch is to blame, so leaving batches out would go on for ever."""
+    setup = with_policy(probed, "ruined", policy)
+    ruin(setup, at)
+    with pytest.raises(VlmtuneError, match="The weights themselves give no finite loss any more") as caught:
+        setup.trainer.fit()
+    assert "step_000002 is the newest" in str(caught.value) and "nonfinite=rewind" in str(caught.value)
+    assert checkpoints(tmp_path / "ruined")[-1].name == "step_000002"
+    resumed = with_policy(probed, "ruined", "rewind")
+    resumed.trainer.resume(checkpoints(tmp_path / "ruined")[-1])
+    resumed.trainer.fit()
+    assert resumed.trainer.state.step == STEPS
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_ruined_weights_take_a_run_back_that_may(probed, at):
+    setup = with_policy(probed, "ruined", "rewind")
+    ruin(setup, at)
+    setup.trainer.fit()
+    state = setup.trainer.state
+    assert state.step == STEPS and len(state.rewinds) == 1 and state.rewinds[0][1] == 2
+    assert [past.step for past in setup.trainer.history] == [n + 1 for n in range(STEPS) if n not in state.skipped]
+
+
 # ---- unfreezing --------------------------------------------------------------------------------------------------
 
 
@@ -399,11 +443,14 @@ def test_patience_counts_evaluations_that_are_not_better_by_delta(make, tmp_path
     parts = {"evaluate": scores([2.0, 1.0, 0.95, 0.92, 0.1, 0.1])}
     setup = make("early", steps=14, eval_every=2, patience=2, delta=0.1, parts=parts)
     state = setup.trainer.fit()
-    assert state.step == 8 and "was not better than 1 for 2 evaluations" in state.stopped
+    assert state.step == 8 and "not better than 1 by 0.1 (checkpoint.delta) for 2 eval" in state.stopped
     assert state.best == 0.92 and state.best_step == 8
     again = make("early", steps=14, eval_every=2, patience=2, delta=0.1, parts=parts)
     again.trainer.resume(checkpoints(tmp_path / "early")[-1])
     assert again.trainer.fit().step == 8, "a run that stopped early does not go on when it is started again"
+    patient = make("early", steps=14, eval_every=2, patience=3, delta=0.1, parts=parts)
+    patient.trainer.resume(checkpoints(tmp_path / "early")[-1])
+    assert patient.trainer.fit().step == 14 and patient.trainer.state.stopped is None, "the fifth one is better"
 
 
 def test_patience_survives_a_resume(make, tmp_path):

@@ -161,6 +161,16 @@ def test_a_whole_list_can_be_overridden(written):
         ("model.name=3", "model is a value, not a section"),
         ("optim.lrr=1e-4", "unknown key optim.lrr (did you mean lr?)"),
         ("optim.lr=fast", "optim.lr: input should be a valid number"),
+        ("optim.steps=6", "unknown key optim.steps (did you mean train.length?)"),
+        ("train.num_train_epochs=3", "(did you mean train.length?)"),
+        ("optim.max_grad_norm=1", "(did you mean optim.clip?)"),
+        ("plan.²=1", "'²' is not an index below 2"),
+        ("train.length=true", "train.length: write a number of steps, or a text such as 2 epochs"),
+        ("train.length=50%", "train.length: length '50%': a share of what?"),
+        ("train.length=.nan", "train.length: length nan: write a number of steps"),
+        ("plan.0.lr=[[0,0],[0.5,-1]]", "plan.0.lr: learning rate [[0, 0], [0.5, -1]]: none may be below 0"),
+        ("plan.0.lr=[0,0.5]", "plan.0.lr: write a learning rate, or [[progress, rate], …]"),
+        ("plan.0.lr=[[0,0],[50%,1e-3]]", "plan.0.lr: write a learning rate, or [[progress, rate], …]"),
         ("optim.betas=[0.9", "optim.betas"),
     ],
 )
@@ -168,6 +178,13 @@ def test_wrong_overrides_are_named(written, override, expected):
     with pytest.raises(VlmtuneError) as caught:
         load_config(written, [override])
     assert expected in str(caught.value)
+
+
+def test_a_template_that_was_not_filled_in_is_no_traceback(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: x\nrun: {{ name }}\n")
+    with pytest.raises(VlmtuneError, match="not valid YAML: .*line 2"):
+        load_config(str(path))
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4"])

@@ -25,7 +25,9 @@ LEVELS = (
         "run",
         "use",
         "view",
+        "check",
         "check_data",
+        "prepare",
         "ranks",
         "plan_model",
         "outcome",
@@ -67,7 +69,12 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("build_course", "config"),
         *((part, "build_course") for part in ("run", "use", "view", "ranks", "export", "start")),
         ("build_loss", "config"),
-        ("run", "build_loss"),
+        *(("prepare", other) for other in ("build", "build_course", "build_loss", "config", "start")),
+        *(
+            ("check", other)
+            for other in ("build", "build_course", "build_loss", "check_data", "config", "prepare", "start", "use")
+        ),
+        ("run", "prepare"),
         ("run", "view"),
         ("run", "outcome"),
         ("use", "outcome"),

@@ -113,7 +113,10 @@ def _by_range(origin: Origin) -> Iterator[Finding]:
     went_in = f"the largest value that went in is {_number(origin.largest)}"
     weight = "" if origin.weight is None else f", its largest weight {_number(origin.weight)}"
     if origin.weight is not None and origin.weight > GROWN:
-        remedy = "continue from an earlier checkpoint with a lower lr for this part"
+        remedy = (
+            "lower the lr of this part in a new run, or continue this one with stability.nonfinite=rewind, which goes "
+            "back a checkpoint and lowers all rates"
+        )
         yield Finding("fail", f"weights of {origin.module} have grown", f"{went_in}{weight}", remedy)
     if origin.dtype == "float16":
         wide = "" if origin.wide is None else f"; in float32 its result reaches {_number(origin.wide)}"

@@ -218,13 +218,18 @@ class StartWatch:
     def has_begun(self) -> bool:
         return self._before is not None
 
+    @property
+    def is_telling(self) -> bool:
+        """Whether the samples had finite losses before the first step; else they say nothing about the weights."""
+        return self._before is not None and math.isfinite(self._before)
+
     def begin(self, losses: Sequence[float]) -> None:
         """losses: of the stored samples, before the first step."""
         self._before = statistics.fmean(losses)
 
     def observe(self, losses: Sequence[float]) -> Finding | None:
         """losses: of the same samples, now. Says it once, and again after they were better in between."""
-        if self._before is None:  # of a run that was begun without these samples
+        if not self.is_telling:
             return None
         now = statistics.fmean(losses)
         worse = not now <= max(WORSE * self._before, self._before + WORSE_BY)  # NaN is worse

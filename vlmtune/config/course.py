@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vlmtune.config.learning_rate import LrSchedule, require_effect
-from vlmtune.config.values import Beta, LengthValue, SomeLength, Strict
+from vlmtune.config.values import Beta, LengthValue, RunLength, SomeLength, Strict
 
 
 class Optim(Strict):
@@ -37,7 +37,7 @@ class Optim(Strict):
 
 
 class Train(Strict):
-    length: SomeLength = Field("1 epochs", description="steps, epochs or samples")
+    length: RunLength = Field("1 epochs", description="steps, epochs or samples")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
     micro_batch_size: int = Field(8, ge=1, description="samples per forward")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(

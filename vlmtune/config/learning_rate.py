@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from vlmtune.config.values import LengthValue, SomeLength, Strict, checked
+from vlmtune.config.values import LengthValue, SomeLength, Strict, number_or_pairs, read_by
 from vlmtune.schedule import learning_rates
 
 
@@ -32,7 +32,10 @@ LrSchedule = Annotated[
     BeforeValidator(_schedule),
 ]
 LrValue = Annotated[
-    Annotated[float, Field(gt=0)] | list[tuple[float, Annotated[float, Field(ge=0)]]], checked(learning_rates)
+    Annotated[float, Field(gt=0)] | list[tuple[float, Annotated[float, Field(ge=0)]]],
+    read_by(
+        number_or_pairs(learning_rates), "write a learning rate, or [[progress, rate], …] with progress from 0 to 1"
+    ),
 ]
 
 

@@ -21,6 +21,24 @@ from vlmtune.config.stages import EXPORTED, Chain, Stage, stage_folder
 from vlmtune.config.whole import Config
 from vlmtune.errors import VlmtuneError
 
+OTHER_NAMES = {  # what other frameworks call it -> the key here
+    **dict.fromkeys(("steps", "max_steps", "epochs", "num_epochs", "num_train_epochs"), "train.length"),
+    "learning_rate": "optim.lr",
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), "train.batch_size"),
+    **dict.fromkeys(("bf16", "fp16", "dtype", "torch_dtype"), "train.precision"),
+    **dict.fromkeys(("warmup_ratio", "warmup_steps"), "optim.warmup"),
+    **dict.fromkeys(("max_grad_norm", "max_norm"), "optim.clip"),
+    **dict.fromkeys(("save_steps", "save_strategy"), "checkpoint.every"),
+    **dict.fromkeys(("eval_steps", "eval_strategy"), "evaluate.every"),
+    "output_dir": "run",
+    **dict.fromkeys(("model_name_or_path", "base_model"), "model"),
+    **dict.fromkeys(("lora_r", "r", "lora_rank"), "plan: {train: lora, rank: …}"),
+    **dict.fromkeys(("cutoff_len", "max_seq_length", "max_seq_len"), "data.max_length"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "optim.schedule"),
+    "logging_steps": "train.log_every",
+    "save_total_limit": "checkpoint.keep",
+}
+
 
 class _NoDuplicates(yaml.SafeLoader):
     """YAML's plain loader keeps the last of two equal keys and says nothing."""
@@ -29,6 +47,8 @@ class _NoDuplicates(yaml.SafeLoader):
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1} has a list or mapping where a key is expected")
             if key.value in seen:
                 raise yaml.YAMLError(f"the key {key.value} stands on line {seen[key.value]} and again on line {line}")
             seen[key.value] = line
@@ -99,7 +119,7 @@ def _load(name: str, overrides: Sequence[str], picked: str | None) -> Config | C
         raise VlmtuneError(f"{name!r} is neither a .yaml file nor a recipe ({', '.join(recipe_names())}).{hint}")
     try:
         tree = _unshared(yaml.load(text, Loader=_NoDuplicates))  # noqa: S506  a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError) as error:  # TypeError: a mapping as a key, as in {{ name }}
         raise VlmtuneError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise VlmtuneError(f"{where}: a config is a mapping with the keys {', '.join(Config.model_fields)}.")
@@ -189,8 +209,9 @@ def _complaint(error: Any) -> str:
     place = ".".join(str(step) for step in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
-        return f"unknown key {place}" + (f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})")
+        key = str(error["loc"][-1])
+        near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, known, 1, 0.6)), None)
+        return f"unknown key {place}" + (f" (did you mean {near}?)" if near else f" (known: {', '.join(known)})")
     if error["type"] == "missing":
         return f"{place} is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -256,7 +277,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _list_item(node: list, step: str, override: str) -> Any:
-    if not step.isdigit() or int(step) >= len(node):
+    if not step.isdecimal() or int(step) >= len(node):
         raise VlmtuneError(f"override {override!r}: {step!r} is not an index below {len(node)}.")
     return node[int(step)]
 

@@ -150,6 +150,13 @@ class FittedSource:
         rows = range(self.size) if self._rows is None else self._rows
         return [self._source[int(row)].task for row in rows]
 
+    def index_of(self, row: int) -> int | None:
+        """Of a row of the source; None where it was left out."""
+        if self._rows is None:
+            return row
+        index = int(np.searchsorted(self._rows, row))
+        return index if index < self.size and self._rows[index] == row else None
+
     def fitted(self, index: int) -> Fitted:
         """The sample and what was done to it."""
         row = index if self._rows is None else int(self._rows[index])
@@ -168,6 +175,21 @@ class FittedSource:
 def fitted_sample(source: SampleSource, index: int) -> Fitted:
     """A sample of any source, and what the context window did to it."""
     return source.fitted(index) if isinstance(source, FittedSource) else Fitted(source[index])
+
+
+def longest_rows(source: SampleSource, survey: Survey, count: int) -> list[int]:
+    """Indices into `source` of the samples with the most tokens before the context window, those left out passed over.
+
+    survey: of the source, before it was fitted.
+    """
+    longest: list[int] = []
+    for row in np.argsort(-survey.tokens, kind="stable"):
+        index = source.index_of(int(row)) if isinstance(source, FittedSource) else int(row)
+        if index is not None:
+            longest.append(index)
+        if len(longest) == count:
+            break
+    return longest
 
 
 def fit(sample: Sample, encoder: Encoder, window: Window) -> Fitted:

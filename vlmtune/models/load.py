@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -79,8 +80,11 @@ def load_model(
             output_loading_info=True,
             **how,
         )
-    except OSError as error:
-        raise VlmtuneError(f"the weights of {path_or_name!r} cannot be read ({_first_line(error)}).") from error
+    except (OSError, SafetensorError) as error:
+        remedy = "take the complete folder; one that vlmtune exported can be deleted and exported again"
+        raise VlmtuneError(
+            f"the weights of {path_or_name!r} cannot be read ({_first_line(error)}): {remedy}."
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise VlmtuneError(

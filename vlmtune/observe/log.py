@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from vlmtune.observer import Observer
+from vlmtune.sealed import finite
 from vlmtune.types import Finding
 
 SCALARS = ("loss", "loss_plain", "norm", "exposure", "lr_scale", "loss_scale", "skipped", "overflows")
@@ -69,7 +70,7 @@ class History(Observer):
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite(record)) + "\n")
 
 
 def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:

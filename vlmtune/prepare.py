@@ -1,0 +1,163 @@
+"""Everything that a run trains with, made from its config before its folder is touched: `run` trains with it, `check`
+looks at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from vlmtune.adapt.plan import Plan, apply_plan
+from vlmtune.build import (
+    Base,
+    FittedData,
+    build_encoder,
+    build_eval_groups,
+    build_steps,
+    build_train,
+    count_samples,
+    describe_new_tokens,
+    describe_sources,
+    describe_surveys,
+    fit_data,
+    load_base,
+    remarks_on_prompts,
+)
+from vlmtune.build_course import apply_formats, build_settings, policies
+from vlmtune.build_loss import build_objective
+from vlmtune.checks.before import batchnorm_findings
+from vlmtune.checks.settings import Course, settings_findings
+from vlmtune.config import Config
+from vlmtune.data.batch import collate
+from vlmtune.data.encode import Encoder
+from vlmtune.data.loader import Steps
+from vlmtune.data.sources import SampleSource
+from vlmtune.data.survey import longest_rows
+from vlmtune.losses.objective import Objective
+from vlmtune.models.quantise import place
+from vlmtune.models.vlm import checkpoint_activations
+from vlmtune.observe.log import CountingBar
+from vlmtune.optim.optimizer import usable_here
+from vlmtune.optim.precision import bf16_is_fast, resolve_precision
+from vlmtune.probe import SAMPLES, Probe
+from vlmtune.start import Phase, check_start, first_micro_batches, memory_finding, predict_phases
+from vlmtune.trainer import Settings
+from vlmtune.types import Batch, Encoded, Finding
+
+LOOKED_AT = 64  # samples of a source that has no end
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run trains with, before its folder is touched.
+
+    findings: how what learns begins; judged: the values of the config, and memory; both empty where not looked at.
+    """
+
+    model: torch.nn.Module
+    encoder: Encoder
+    sources: list[SampleSource]
+    groups: dict[str, list[SampleSource]]
+    fitted: FittedData
+    steps: Steps
+    settings: Settings
+    plan: Plan
+    objective: Objective
+    findings: list[Finding]
+    judged: list[Finding]
+    predictions: list[Phase]
+
+
+def prepare(
+    config: Config, device: torch.device, console: Console, check: bool = True, base: Base | None = None
+) -> Prepared:
+    """Build all parts, count the data, apply the plan, and check how everything begins.
+
+    check: look at the start, the settings and memory; base: where it is loaded already (it is changed).
+    Raises VlmtuneError for whatever cannot be built, and for the first part that begins wrongly.
+    """
+    base = base or load_base(config)
+    model = base.model
+    encoder = build_encoder(base.processor, model, config.data)
+    train_set = build_train(config.data)
+    sources, weights = [member.source for member in train_set], [member.weight for member in train_set]
+    groups = build_eval_groups(config)
+    for line in describe_sources(sources, groups):
+        console.print(f"data: {line}", highlight=False, markup=False)
+    optimizer_remark = usable_here(config.optim.name, device)[1]
+    remarks = [remark for remark in (base.remark, optimizer_remark) if remark]
+    for line in [*remarks, *remarks_on_prompts(config, encoder)]:
+        console.print(f"note: {line}", highlight=False, markup=False)
+    if base.new_tokens:
+        console.print(describe_new_tokens(base), highlight=False, markup=False)
+    with CountingBar(console) as bar:
+        fitted = fit_data(config, encoder, sources, groups, bar)
+    sources, groups = fitted.sources, fitted.groups
+    for line in describe_surveys(config, fitted):
+        console.print(f"data: {line}", highlight=False, markup=False)
+    precision = resolve_precision(config.train.precision, device)
+    settings = build_settings(config, [source.size for source in sources], precision)
+    steps = build_steps(config, sources, weights, encoder, settings.total_steps)
+    plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
+    objective = build_objective(config, sources, plan, encoder)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    place(model, device)
+    for line in apply_formats(model, plan, config):
+        console.print(line, highlight=False, markup=False)
+    batches = first_micro_batches(steps)
+    predictions = predict_phases(config, settings, model, batches, base.new_tokens, device)
+    made = Prepared(model, encoder, sources, groups, fitted, steps, settings, plan, objective, [], [], predictions)
+    if check:
+        made.findings.extend(check_start(model, plan, encoder, batches[0], precision))
+        is_shared = any(rule.batchnorm == "sync" for rule in config.plan)
+        made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
+        made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
+    return made
+
+
+def _judged_settings(config: Config, made: Prepared, device: torch.device) -> list[Finding]:
+    plan, settings = made.plan, made.settings
+    in_full = [rule for rule, policy in plan.policies.items() if policy.train == "full"]
+    total = settings.total_steps * config.train.batch_size
+    read = count_samples(made.steps.order, made.sources)(total)
+    course = Course(
+        steps=settings.total_steps,
+        warmup={rule: settings.rates[rule].warmup for rule in in_full},
+        clips=[settings.clip, *settings.clip_by_rule.values()],
+        epochs={
+            name: count / source.size
+            for (name, count), source in zip(read.items(), made.sources, strict=True)
+            if source.size is not None
+        },
+        held_out=list(made.groups),
+        checkpoint_every=settings.checkpoint_every,
+        precision=settings.precision,
+        is_on_cpu=device.type == "cpu",
+        has_fast_bf16=bf16_is_fast(device),
+    )
+    return settings_findings(plan.rows, plan.policies, plan.parameters, course)
+
+
+def largest_micro_batch(made: Prepared) -> Batch:
+    """Of the samples with the most tokens, as many as a micro-batch has; of sources whose samples are not counted, the
+    longest of the first that the run reads."""
+    size = made.steps.micro_batch_size
+    found: list[tuple[int, Encoded]] = []
+    for number, (source, survey) in enumerate(zip(made.sources, made.fitted.of_train, strict=True)):
+        if survey is None:
+            first = [made.steps.order[k] for k in range(min(made.steps.order.decide(0), LOOKED_AT))]
+            rows = [row for of, row in first if of == number]
+        else:
+            rows = longest_rows(source, survey, size)
+        found += [(len(sample), sample) for sample in (made.encoder.encode(source[row]) for row in rows)]
+    found.sort(key=lambda pair: -pair[0])
+    return collate([sample for _, sample in found[:size]], made.encoder.pad_token_id)
+
+
+def probe_of(steps: Steps) -> Probe:
+    """The first samples of the run."""
+    samples = [steps.order[k] for k in range(min(SAMPLES, steps.batch_size))]
+    encoded = [steps.encoder.encode(steps.sources[source][row]) for source, row in samples]
+    return Probe(collate(encoded, steps.encoder.pad_token_id))
