@@ -375,6 +375,7 @@ def test_weights_of_every_method(model_folder, encoded, method):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 10 minutes alone on a machine, more beside other work
 def test_share_of_faults_whose_module_is_named(bench_of, capsys):
     """The figure in docs/guide/failures.md."""
     total, missed = dict.fromkeys(FAULTS, 0), {fault: [] for fault in FAULTS}
