@@ -254,14 +254,17 @@ def export(
 
 @app.command()
 def doctor(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
+    path: Annotated[Path, typer.Argument(help="a run folder, a chain of stages, or a checkpoint folder")],
     failure: Annotated[str | None, typer.Option(help="a folder of RUN/failures, step_… (default: the newest)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
-    """Replay a step that was not finite: where it began, why, and what helps. Exit code 1 if it happens again."""
-    from vlmtune.doctor import examine_run
+    """What is wrong with a run or checkpoint: data, config, code; a step that was not finite is replayed.
 
-    code = examine_run(run, console, failure, as_json)
+    Exit code 1 if anything fails.
+    """
+    from vlmtune.doctor import examine
+
+    code = examine(path, console, failure, as_json)
     if code:
         raise typer.Exit(code)
 

@@ -1,223 +1,179 @@
-"""`vlmtune doctor`: what went wrong in a run, by running it again (SPEC F5).
-
-A failure that a run saved is replayed: the same tensors, weights and random state, watched from module to module.
-"""
+"""`vlmtune doctor`: what is wrong with a run or a checkpoint, asked in the order data, config, code (SPEC G8, H4)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from vlmtune.adapt.plan import Plan, apply_plan
-from vlmtune.build import best_device, build_encoder, build_train, load_base
-from vlmtune.build_course import apply_formats, build_tower, policies
-from vlmtune.build_loss import build_objective
-from vlmtune.checkpoint import load_weights
-from vlmtune.config import Config, load_config
-from vlmtune.data.encode import Encoder
-from vlmtune.failure import Diagnosis, Failure, diagnose, json_values, load_failure
-from vlmtune.losses.objective import Objective
-from vlmtune.models.quantise import place
-from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
-from vlmtune.models.vocabulary import embedding_rows
-from vlmtune.schedule import learning_rates
-from vlmtune.sealed import stage_folders
-from vlmtune.step import TrainingModule
+from vlmtune import __version__
+from vlmtune.checkpoint import OTHER, VERSIONED, checkpoint_folders, newest_whole_checkpoint, read_state
+from vlmtune.checks.after import (
+    Spread,
+    course_findings,
+    data_findings,
+    gradient_findings,
+    sparkline,
+    weight_findings,
+)
+from vlmtune.failure import json_values, load_failure
+from vlmtune.observe.log import read_history
+from vlmtune.replay import as_record, described, find_failure, replay
+from vlmtune.sealed import read_json, require_whole, stage_folders
 from vlmtune.types import Finding, VlmtuneError
 
-SHOWN = 8  # values of a history, samples of a step
+BETA = 0.999  # of AdamW's second moment, where the run's config is not at hand
+AGAIN = "start the run again, which writes it anew"
 
 
-@dataclass(frozen=True)
-class Replay:
-    """A saved failure, and what its rerun showed."""
+def examine(path: Path, console: Console, failure: str | None = None, as_json: bool = False) -> int:
+    """Look at a run folder, a chain, or a checkpoint folder, and print what was found.
 
-    failure: Failure
-    now: Diagnosis
-
-    @property
-    def reproduced(self) -> bool:
-        return self.now.origin is not None
-
-    @property
-    def same_module(self) -> bool:
-        """Whether the rerun begins where the run said. False where the run could not say it."""
-        then = self.failure.diagnosis
-        return (
-            self.reproduced
-            and then is not None
-            and then.origin is not None
-            and ((then.origin.kind, then.origin.module) == (self.now.origin.kind, self.now.origin.module))
-        )
-
-
-def examine_run(run: Path, console: Console, failure: str | None = None, as_json: bool = False) -> int:
-    """Replay a failure of a run (None: the newest) and print what was found.
-
-    Returns the exit code: 1 if it is not finite again, 0 if the run saved none or its rerun is finite. Raises
-    VlmtuneError for a folder that is no run, a failure that does not exist, and damaged files.
+    A failure that the run saved (None: the newest) is replayed first. Returns the exit code: 1 if anything fails.
+    Raises VlmtuneError for a folder that is neither, a failure that does not exist, and damaged files.
     """
-    run = failed_stage(run)
-    folder = find_failure(run, failure)
-    if folder is None:
-        said = f"{run}: no step of this run was saved as not finite."
-        if as_json:
-            print(json.dumps({"run": str(run), "failure": None}, indent=1))
-        else:
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
-        return 0
-    found = replay(run, load_failure(folder))
-    if as_json:
-        print(json.dumps(json_values(as_record(run, found)), indent=1))
+    if (path / "state.json").is_file():
+        record: dict[str, Any] = {"checkpoint": str(path)}
+        lines, found, code = [f"checkpoint: {path}"], {"checkpoint": checkpoint_findings(path)}, 0
     else:
-        for line in described(run, found):
+        run = failed_stage(path)
+        record, lines, code = _replayed(run, failure)
+        found = {"data": _data(run), "config": _config(run), "code": _code(run)}
+    record["findings"] = [
+        {"section": section, **asdict(finding)} for section, findings in found.items() for finding in findings
+    ]
+    if as_json:
+        print(json.dumps(json_values(record), indent=1))
+    else:
+        for line in [*lines, *_lines(found)]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return int(found.reproduced)
+    return max(code, *(int(finding.level == "fail") for findings in found.values() for finding in findings), 0)
 
 
 def failed_stage(run: Path) -> Path:
-    """The run folder itself; of a chain of stages that of the last stage with a saved failure, if there is one."""
+    """The run folder itself; of a chain of stages the last with a saved failure, or else the last that has begun."""
     if not (run / "stages.json").is_file():
         return run
-    return next((stage for stage in reversed(stage_folders(run)) if (stage / "failures").is_dir()), run)
+    stages = [stage for stage in stage_folders(run) if (stage / "config.yaml").is_file()]
+    failed = [stage for stage in stages if (stage / "failures").is_dir()]
+    return (failed or stages or [run])[-1]
 
 
-def find_failure(run: Path, name: str | None) -> Path | None:
-    """The folder of a failure; None where a run has none and none was asked for. name: None for the newest."""
-    if not (run / "config.yaml").is_file():
-        raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
-    saved = sorted(path for path in (run / "failures").glob("step_*") if path.is_dir())
-    if name is None:
-        return saved[-1] if saved else None
-    chosen = run / "failures" / name
-    if chosen not in saved:
-        known = ", ".join(path.name for path in saved) or "none"
-        raise VlmtuneError(f"{run} has no failure {name!r}; pass --failure with one of: {known}.")
-    return chosen
+def _replayed(run: Path, failure: str | None) -> tuple[dict[str, Any], list[str], int]:
+    """(record, lines, exit code) of the newest failure, or of the one that is asked for."""
+    folder = find_failure(run, failure)
+    if folder is None:
+        return {"run": str(run), "failure": None}, [f"{run}: no step of this run was saved as not finite."], 0
+    found = replay(run, load_failure(folder))
+    return as_record(run, found), described(run, found), int(found.reproduced)
 
 
-def replay(run: Path, failure: Failure) -> Replay:
-    """Run the saved step again with the weights it had. Raises VlmtuneError where model or checkpoint do not fit."""
-    config = load_config(str(run / "config.yaml"))
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    record = failure.record
-    model, plan, encoder, objective = _rebuilt(config, failure.checkpoint)
-    _let_train(plan, config, record["progress"])
-    set_training_mode(model)
-    module = TrainingModule(VLM(model), objective)
-    weights = objective.weights(failure.micro_batches, record["progress"])
-    now = diagnose(
-        model, module, failure.micro_batches, weights, record["precision"], record["scale"], failure.rng,
-        record["norm_history"], record["loss_history"], record["lr"], embedding_rows(model), encoder,
-        build_tower(model, config),
-    )  # fmt: skip
-    return Replay(failure, now)
-
-
-def _rebuilt(config: Config, checkpoint: Path) -> tuple[torch.nn.Module, Plan, Encoder, Objective]:
-    """Model, plan, encoder and loss of a run, with the weights of a checkpoint."""
-    base = load_base(config)
-    encoder = build_encoder(base.processor, base.model, config.data)
-    plan = apply_plan(base.model, policies(config), config.model, config.train.seed, base.new_tokens)
-    # only a balance between tasks asks the data, for their names
-    sources = [] if config.loss.balance.by == "tokens" else [member.source for member in build_train(config.data)]
-    objective = build_objective(config, sources, plan, encoder)
-    load_weights(checkpoint, base.model, plan)
-    if objective.state_dict():
-        objective.load_state_dict(load_file(checkpoint / "objective.safetensors"))
-    if config.train.gradient_checkpointing:
-        checkpoint_activations(base.model)
-    place(base.model, best_device())
-    apply_formats(base.model, plan, config)
-    return base.model, plan, encoder, objective
-
-
-def _let_train(plan: Plan, config: Config, progress: float) -> None:
-    """The rules that trained at that time: a part that is frozen for a while has no dropout either."""
-    groups = plan.groups()
-    for rule in config.plan:
-        lr = config.optim.lr if rule.lr is None else rule.lr
-        for parameter in groups.get(rule.match, ()):
-            parameter.requires_grad_(learning_rates(lr)(progress) > 0)
-
-
-# ---- for people and machines -------------------------------------------------------------------------------------
-
-
-def as_record(run: Path, found: Replay) -> dict:
-    """For machines: what the run said then, what the replay says now."""
-    then = found.failure.diagnosis
-    return {
-        "run": str(run),
-        "failure": found.failure.folder.name,
-        "reproduced": found.reproduced,
-        "same_module": found.same_module,
-        "then": None if then is None else then.record(),
-        "now": found.now.record(),
-        "norm_history": found.failure.record["norm_history"],
-        "loss_history": found.failure.record["loss_history"],
-        "scale": found.failure.record["scale"],
-        "precision": found.failure.record["precision"],
-    }
-
-
-def described(run: Path, found: Replay) -> list[str]:
-    """For people: what happened, where first, why, what was ruled out."""
-    failure, now = found.failure, found.now
-    record = failure.record
-    ids = [name for batch in failure.micro_batches for name in batch.sample_ids]
-    shown = ", ".join(ids[:SHOWN]) + (" …" if len(ids) > SHOWN else "")
-    lines = [
-        f"failure: {failure.folder}",
-        f"what: step {record['step'] + 1} was not finite, in {record['precision']}"
-        + (f" with a loss scale of {record['scale']:g}" if record["precision"] == "fp16" else ""),
-        f"samples: {shown}",
-        *_history(record),
-        f"replay: {_compared(found)}",
-    ]
-    if now.origin is not None:
-        number = "" if now.micro_batch is None else f"micro-batch {now.micro_batch + 1} ({', '.join(now.samples)}): "
-        lines.append(f"first: {number}{now.origin.sentence()}")
-        if now.origin.samples:
-            lines.append(f"in samples: {', '.join(now.origin.samples)}")
-    lines += [f"cause {place}: {_sentence(cause)}" for place, cause in enumerate(now.causes, start=1)]
-    lines += [f"{finding.level}: {_sentence(finding)}" for finding in now.examined if finding.level != "pass"]
-    lines += [f"in order: {_sentence(finding)}" for finding in now.examined if finding.level == "pass"]
+def _lines(found: Mapping[str, list[Finding]]) -> list[str]:
+    """First what is wrong, in the order of the questions, then what was looked at and is in order."""
+    lines = []
+    for section, findings in found.items():
+        for finding in findings:
+            if finding.level != "pass":
+                remedy = f"; {finding.remedy}" if finding.remedy else ""
+                lines.append(f"{section}: {finding.level}: {finding.what}: {finding.evidence}{remedy}")
+    for section, findings in found.items():
+        lines += [f"{section}: ruled out: {f.what}: {f.evidence}" for f in findings if f.level == "pass"]
     return lines
 
 
-def _compared(found: Replay) -> str:
-    then = found.failure.diagnosis
-    if not found.reproduced:
-        return "the same step is finite here; hardware, threads, library versions, or the base model's files differ"
-    if then is None or then.origin is None:
-        return "not finite again; the run itself had not found where it began"
-    if found.same_module:
-        return "not finite again, in the same place"
-    return f"not finite again, but the run had found another place: {then.origin.sentence()}"
+# ---- a run ---------------------------------------------------------------------------------------------------------
 
 
-def _history(record: dict) -> list[str]:
-    totals = [step["total"] for step in record["norm_history"] if "total" in step]
-    scales = record.get("scale_history", []) if record["precision"] == "fp16" else []
-    return [
-        f"{name} before: {_numbers(values)}"
-        for name, values in (("gradient norm", totals), ("loss", record["loss_history"]), ("loss scale", scales))
-        if values
-    ]
+def _data(run: Path) -> list[Finding]:
+    composition = _read(run / "composition.json", [])
+    dropped = run / "dropped.jsonl"
+    count = len(dropped.read_text(encoding="utf-8").splitlines()) if dropped.is_file() else 0
+    return data_findings(composition, count, read_history(run / "history.jsonl"))
 
 
-def _numbers(values: Sequence[float]) -> str:
-    front = "… " if len(values) > SHOWN else ""
-    return front + " ".join(f"{value:.4g}" for value in values[-SHOWN:])
+def _config(run: Path) -> list[Finding]:
+    history = read_history(run / "history.jsonl")
+    steps = max((record["step"] for record in history), default=0)
+    return course_findings(_read(run / "start.json", []), history, steps)
 
 
-def _sentence(finding: Finding) -> str:
-    return f"{finding.what}: {finding.evidence}" + (f"; {finding.remedy}" if finding.remedy else "")
+def _code(run: Path) -> list[Finding]:
+    found = [_versions(_read(run / "environment.json", {}))]
+    folder = run / "checkpoints"
+    try:
+        newest, complaints = newest_whole_checkpoint(folder)
+    except VlmtuneError as error:
+        return [*found, Finding("fail", "checkpoints are whole", str(error).rstrip("."))]
+    if newest is None:
+        return [*found, Finding("warn", "checkpoints are whole", "there is none yet", "train the run first")]
+    for complaint in complaints:
+        found.append(Finding("warn", "checkpoints are whole", complaint, f"{newest.name} is used"))
+    if not complaints:
+        found.append(
+            Finding("pass", "checkpoints are whole", f"{len(checkpoint_folders(folder))}, newest {newest.name}")
+        )
+    return [*found, *_weights(newest)]
+
+
+def _versions(environment: Mapping[str, Any]) -> Finding:
+    what = "the versions are those of the run"
+    then = {"vlmtune": environment.get("vlmtune"), **environment.get("packages", {})}
+    now = {"vlmtune": __version__} | {name: metadata.version(name) for name in then if name != "vlmtune"}
+    other = [f"{name} {then[name]} -> {now[name]}" for name in then if then[name] not in (None, now[name])]
+    if other:
+        return Finding("warn", what, ", ".join(other), "install those of the run (environment.json) to compare")
+    return Finding("pass", what, f"{len(then)} packages")
+
+
+def _read(path: Path, otherwise: Any) -> Any:
+    return read_json(path, AGAIN) if path.is_file() else otherwise
+
+
+# ---- a checkpoint --------------------------------------------------------------------------------------------------
+
+
+def checkpoint_findings(folder: Path) -> list[Finding]:
+    """Quick looks: whole, spread of the weights, gradients that stand out, the loss on the way (SPEC G8).
+
+    Raises VlmtuneError for a damaged file.
+    """
+    described_ = read_state(folder)
+    require_whole(folder, described_["files"], OTHER)
+    found = [Finding("pass", "every file is whole", f"{len(described_['files'])} files")]
+    versions = {name: version for name, version in described_["versions"].items() if name != "vlmtune"}
+    now = {name: metadata.version(name) for name in VERSIONED}
+    other = [f"{name} {version} -> {now[name]}" for name, version in versions.items() if now.get(name) != version]
+    if other:
+        found.append(Finding("warn", "the versions are those of the run", ", ".join(other), "install those to compare"))
+    losses = [record["loss"] for record in read_history(folder / "history.jsonl") if record["kind"] == "train"]
+    losses = [loss for loss in losses if loss is not None]
+    if losses:
+        evidence = f"from {losses[0]:.3g} to {losses[-1]:.3g}  {sparkline(losses)}"
+        found.append(Finding("pass", "the loss until then", evidence))
+    return [*found, *_weights(folder)]
+
+
+def _weights(folder: Path) -> list[Finding]:
+    steps = read_state(folder)["state"]["step"]
+    files = [folder / "trained.safetensors", *sorted((folder / "adapter").rglob("*.safetensors"))]
+    spreads = {
+        name: Spread.of(tensor)
+        for file in files
+        if file.is_file()
+        for name, tensor in load_file(file).items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    moments = load_file(folder / "optimizer.safetensors") if (folder / "optimizer.safetensors").is_file() else {}
+    sizes = {}
+    for key, value in moments.items():
+        name, _, kind = key.rpartition("/")
+        if kind == "exp_avg_sq" and value.numel():
+            steps_of_it = float(moments.get(f"{name}/step", steps))
+            sizes[name] = float((value.float().mean() / (1 - BETA ** max(1.0, steps_of_it))).sqrt())
+    return [*weight_findings(spreads, steps), *gradient_findings(sizes)]

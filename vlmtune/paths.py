@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vlmtune.errors import VlmtuneError
 
@@ -42,27 +42,45 @@ def require_folder(path: Path, what: str, remedy: str) -> Path:
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes of this machine out of a run folder. Raises VlmtuneError where one is in it.
 
-    The lock is a hidden file beside the folder, which a restart deletes; the system frees it however the process ends.
-    It is no lock of workers that are forked inside. File systems that know no locks are used without one.
+    The lock is a hidden file beside the folder, which a restart deletes; it goes at the end, and the system frees it
+    however the process ends. Workers forked inside do not hold it. File systems that know no locks are used without.
     """
+    is_new = not folder.parent.is_dir()
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
-    with path.open("a+") as file:
+    file = _locked(path, folder)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: nobody else can have it
+        file.close()
+        if is_new and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()  # nothing came of it
+
+
+def _locked(path: Path, folder: Path) -> TextIO:
+    """An open file under this process's lock. Whoever had it may have deleted it meanwhile: then there is a new one."""
+    while True:
+        file = path.open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
+                owner = file.read().strip() or "unknown"
+                file.close()
                 raise VlmtuneError(
-                    f"{folder}: another process ({file.read().strip() or 'unknown'}) is training in this folder; wait "
-                    "until it has ended, or set run=… to another."
+                    f"{folder}: another process ({owner}) is training in this folder; wait until it has ended, or set "
+                    "run=… to another."
                 ) from error
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {platform.node()}")
+            file.flush()
+            return file
+        file.close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -121,13 +121,14 @@ def _judged_settings(config: Config, made: Prepared, device: torch.device) -> li
     plan, settings = made.plan, made.settings
     in_full = [rule for rule, policy in plan.policies.items() if policy.train == "full"]
     total = settings.total_steps * config.train.batch_size
-    read = count_samples(made.steps.order, made.sources)(total)
+    decided = made.steps.order.decide(0)  # the rest goes on alike, where it follows losses
+    read = count_samples(made.steps.order, made.sources)(decided)
     course = Course(
         steps=settings.total_steps,
         warmup={rule: settings.rates[rule].warmup for rule in in_full},
         clips=[settings.clip, *settings.clip_by_rule.values()],
         epochs={
-            name: count / source.size
+            name: total / decided * count / source.size
             for (name, count), source in zip(read.items(), made.sources, strict=True)
             if source.size is not None
         },

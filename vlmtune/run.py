@@ -38,6 +38,7 @@ from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.data.loader import Steps
 from vlmtune.data.sampling import TemperatureOrder
 from vlmtune.data.survey import fitted_sample
+from vlmtune.evaluate.choices import ChoiceRule
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.failure import investigator
 from vlmtune.interrupt import StopRequest
@@ -214,6 +215,7 @@ def measure(config: Config, made: Prepared, limit: int | None) -> Evaluation:
     return evaluate(
         made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
+        choices=ChoiceRule(wish.choices, wish.alpha),
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from vlmtune.config import Config, load_config
 from vlmtune.data.encode import Encoder
 from vlmtune.data.prompts import system_prompt
 from vlmtune.data.sources import with_system
+from vlmtune.evaluate.choices import ChoiceRule
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.generate import reply
 from vlmtune.evaluate.regions import masks_of_sample
@@ -116,6 +117,7 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     result = evaluate(
         loaded.model, loaded.encoder, groups, limit=None, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=loaded.precision,
+        choices=ChoiceRule(wish.choices, wish.alpha),
     )  # fmt: skip
     nested: dict[str, dict] = {}
     for name, value in result.metrics.items():

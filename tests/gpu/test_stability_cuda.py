@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from training_setup import make_trainer, write_data
 
 from vlmtune.checkpoint import read_state
-from vlmtune.doctor import examine_run
+from vlmtune.doctor import examine
 from vlmtune.observe.log import read_history
 from vlmtune.observer import Observer
 from vlmtune.optim.precision import LossScale
@@ -68,7 +68,7 @@ def test_the_first_module_that_is_not_finite_is_named_and_doctor_repeats_it(tiny
     with pytest.raises(VlmtuneError, match="layers.1.mlp"):
         run_of(model, tmp_path)
     said = io.StringIO()
-    assert examine_run(tmp_path / "run", Console(file=said, width=200)) == 1
+    assert examine(tmp_path / "run", Console(file=said, width=200)) == 1
     assert "layers.1.mlp" in said.getvalue()
     assert torch.ones(2, device="cuda").sum().item() == 2, "the device is usable after it"
 

@@ -95,6 +95,58 @@ def test_a_run_without_a_failure(write_config, vlmtune):
     assert code == 1 and "no failure 'step_000001'; pass --failure with one of: none" in err
 
 
+def test_the_questions_come_in_order_and_what_is_ruled_out_is_said(write_config, vlmtune):
+    """A healthy run: data, config, code, and nothing fails."""
+    config = write_config("asked", 12)
+    assert vlmtune("train", config)[0] == 0
+    code, out, _ = vlmtune("doctor", run_of(config), "--json")
+    sections = [finding["section"] for finding in json.loads(out)["findings"]]
+    assert code == 0 and list(dict.fromkeys(sections)) == ["data", "config", "code"]
+    code, out, _ = vlmtune("doctor", run_of(config))
+    for said in (
+        "data: ruled out: every source was read",
+        "code: ruled out: checkpoints are whole",
+        "adapters have left 0",
+    ):
+        assert said in out
+
+
+def test_a_run_that_learned_nothing_has_its_cause_first(write_config, vlmtune):
+    """A learning rate of almost nothing: adapters stay at 0 only without any update; here the loss does not fall."""
+    config = write_config("idle", 12, optim={"lr": 1e-12, "warmup": 1})
+    plan = [{**rule, "lr": 1e-12} if rule["train"] != "frozen" else rule for rule in PLAN]
+    assert vlmtune("train", config, f"plan={json.dumps(plan)}")[0] == 0
+    code, out, _ = vlmtune("doctor", run_of(config))
+    assert out.splitlines()[1].startswith("config: warn: at the start: learning rates are usual: far below")
+
+
+def test_other_versions_and_a_damaged_checkpoint_are_questions_of_code(write_config, vlmtune):
+    config = write_config("changed", 4, checkpoint={"every": 2})
+    assert vlmtune("train", config)[0] == 0
+    file = run_of(config) / "environment.json"
+    environment = json.loads(file.read_text())
+    environment["packages"]["torch"] = "1.0"
+    file.write_text(json.dumps(environment))
+    newest = run_of(config) / "checkpoints" / "step_000004" / "trained.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    code, out, _ = vlmtune("doctor", run_of(config), "--json")
+    found = {f["what"]: f["evidence"] for f in json.loads(out)["findings"] if f["level"] != "pass"}
+    assert "torch 1.0 -> " in found["the versions are those of the run"]
+    assert "step_000004/trained.safetensors is damaged" in found["checkpoints are whole"]
+    code, _, err = vlmtune("doctor", newest.parent)
+    assert code == 1 and "trained.safetensors is damaged" in err
+
+
+def test_quick_looks_at_a_checkpoint(write_config, vlmtune):
+    config = write_config("looks", 12)
+    assert vlmtune("train", config)[0] == 0
+    folder = run_of(config) / "checkpoints" / "latest"
+    code, out, _ = vlmtune("doctor", folder)
+    assert code == 0, out
+    for said in ("every file is whole", "the loss until then: from ", "no weight has grown", "no gradient stands out"):
+        assert f"checkpoint: ruled out: {said}" in out
+
+
 def test_what_is_no_run(tmp_path, vlmtune):
     code, _, err = vlmtune("doctor", tmp_path)
     assert code == 1 and "is not a run folder: config.yaml is missing" in err

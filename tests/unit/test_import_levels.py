@@ -35,6 +35,7 @@ LEVELS = (
         "export",
         "failure",
         "composition",
+        "replay",
         "doctor",
     ),
     ("cli", "__main__"),
@@ -85,7 +86,9 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("run", "composition"),
         ("composition", "build"),
         *(("stages", other) for other in ("build", "build_course", "build_loss", "config", "export", "run")),
-        *(("doctor", other) for other in ("build", "build_course", "build_loss", "config", "failure")),
+        *(("replay", other) for other in ("build", "build_course", "build_loss", "config", "failure")),
+        ("doctor", "failure"),
+        ("doctor", "replay"),
     },
     6: {("__main__", "cli")},
 }

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vlmtune.config.learning_rate import LrSchedule, require_effect
-from vlmtune.config.values import Beta, LengthValue, RunLength, SomeLength, Strict
+from vlmtune.config.values import Beta, LengthValue, Name, RunLength, SomeLength, Strict
 
 
 class Optim(Strict):
@@ -110,4 +110,8 @@ class Evaluate(Strict):
     limit: int | None = Field(None, ge=1, description="samples per source during training (before and after: all)")
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(64, ge=1)
+    choices: dict[Name, list[str]] = Field(
+        default_factory=dict, description="task -> answers that are ranked by probability (a row's meta.choices first)"
+    )
+    alpha: float = Field(0.7, ge=0, le=1, description="choices are ranked by log p / tokens^alpha")
     gallery: int = Field(24, ge=0, description="held-out samples shown with pictures on the run page")

@@ -10,6 +10,7 @@ import torch
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.sources import SampleSource
+from vlmtune.evaluate.choices import ChoiceRule, choice_metrics
 from vlmtune.evaluate.generate import generate_replies
 from vlmtune.evaluate.metrics import score_task
 from vlmtune.evaluate.regions import region_scores
@@ -48,17 +49,21 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int | None,
     precision: Precision = "fp32",
+    choices: ChoiceRule = ChoiceRule({}),  # noqa: B008  frozen
 ) -> Evaluation:
     """Loss on every group, and replies scored by task unless `max_new_tokens` is None.
 
-    limit: samples per source; precision: of the products, as in training. The model must be in eval mode; the loss is
-    the mean over supervised tokens. A model with read-outs is scored on regions as well ("head_iou", "mask_iou").
+    limit: samples per source; precision: of the products, as in training; choices: which samples are multiple choice.
+    The model must be in eval mode; the loss is the mean over supervised tokens. A model with read-outs is scored on
+    regions as well ("head_iou", "mask_iou").
     """
     with autocast(precision, next(model.parameters()).device):
-        return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens)
+        return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens, choices)
 
 
-def _evaluate(model, encoder: Encoder, groups, limit, batch_size: int, max_new_tokens: int | None) -> Evaluation:
+def _evaluate(
+    model, encoder: Encoder, groups, limit, batch_size: int, max_new_tokens: int | None, choices: ChoiceRule
+) -> Evaluation:
     metrics: dict[str, float] = {}
     scored: list[Scored] = []
     total = torch.zeros(2, dtype=torch.float64)
@@ -69,6 +74,8 @@ def _evaluate(model, encoder: Encoder, groups, limit, batch_size: int, max_new_t
         for task, (loss, tokens) in losses.items():
             metrics[f"loss/{group}/{task}"] = loss / tokens
             total += torch.tensor([loss, tokens], dtype=torch.float64)
+        for task, metric, value in choice_metrics(model, encoder, samples, choices, batch_size):
+            metrics[f"{group}/{task}/{metric}"] = value
         if max_new_tokens is None:
             continue
         prompts = [encoder.encode_prompt(sample) for sample in samples]

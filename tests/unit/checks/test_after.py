@@ -1,0 +1,153 @@
+"""What the records of a run say: each complaint for its reason, none about a run that went well (SPEC G8, H4)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vlmtune.checks.after import (
+    EIGHTHS,
+    Spread,
+    course_findings,
+    data_findings,
+    gradient_findings,
+    sparkline,
+    weight_findings,
+)
+from vlmtune.types import Finding
+
+SOURCE = {"source": "a.jsonl", "rows": 1000, "samples": 500, "tokens": 200.0, "supervised_tokens": 20.0}
+
+
+def odd(findings: list[Finding]) -> dict[str, tuple[str, str]]:
+    assert all(finding.evidence for finding in findings)
+    return {f.what: (f.level, f.evidence) for f in findings if f.level != "pass"}
+
+
+def run(losses: list[float], held_out: dict[int, float] | None = None, **last) -> list[dict]:
+    """A history with a record every 10 steps."""
+    records = [
+        {"kind": "train", "step": 10 * (n + 1), "loss": loss, "data_wait": 0.02, "skipped": 0, "overflows": 0,
+         "lr_scale": 1.0, "sources": {"a.jsonl": 40 * (n + 1)}}
+        for n, loss in enumerate(losses)
+    ]  # fmt: skip
+    records[-1] |= last
+    records += [{"kind": "eval", "step": step, "loss": {"loss": loss}} for step, loss in (held_out or {}).items()]
+    return sorted(records, key=lambda record: record["step"])
+
+
+FALLING = [3.0 * 0.9**n + 0.5 for n in range(20)]
+
+
+def test_a_run_that_went_well():
+    history = run(FALLING, {50: 2.0, 100: 1.5, 200: 1.4})
+    assert odd(data_findings([SOURCE], 3, history)) == {}
+    findings = course_findings([{"level": "pass", "what": "x", "evidence": "y", "remedy": ""}], history, 200)
+    assert odd(findings) == {} and {"the training loss fell", "the held-out loss follows"} <= {f.what for f in findings}
+
+
+@pytest.mark.parametrize(
+    ("row", "dropped", "what", "said"),
+    [
+        ({}, 200, "most rows are used", "200 of 1,000 left out"),
+        ({"supervised_tokens": 1.0}, 0, "there is something to learn in every source", "a.jsonl 0.5%"),
+        ({"source": "b.jsonl"}, 0, "every source was read", "not one sample of b.jsonl"),
+    ],
+)
+def test_what_is_wrong_with_the_data(row, dropped, what, said):
+    found = odd(data_findings([SOURCE | row], dropped, run(FALLING)))
+    assert list(found) == [what] and said in found[what][1]
+
+
+@pytest.mark.parametrize(
+    ("history", "what", "level", "said"),
+    [
+        (run([1.0] * 20), "the training loss fell", "warn", "hardly: from 1 to 1"),
+        (run([1.0 + 0.1 * n for n in range(20)]), "the training loss fell", "fail", "no, it rose from 1.1"),
+        (run(FALLING, {50: 1.0, 100: 0.9, 200: 1.5}), "the held-out loss follows", "warn", "lowest 0.9 at step 100"),
+        (run(FALLING, skipped=30), "steps make updates", "fail", "30 of 200 steps made none"),
+        (run(FALLING, overflows=30), "steps make updates", "fail", "30 of 200 steps made none"),
+        ([r | {"data_wait": 0.6} for r in run(FALLING)], "data is there in time", "warn", "60% of the time"),
+    ],
+)
+def test_what_is_wrong_with_the_course(history, what, level, said):
+    found = odd(course_findings([], history, 200))
+    assert list(found) == [what] and found[what][0] == level and said in found[what][1]
+
+
+def test_short_runs_are_not_judged_by_their_trend():
+    assert odd(course_findings([], run([1.0, 2.0, 3.0]), 30)) == {}
+
+
+def test_findings_of_the_run_are_said_once_each():
+    told = {
+        "kind": "finding",
+        "level": "warn",
+        "what": "the loss jumps",
+        "evidence": "9 where it was 1",
+        "remedy": "look",
+    }
+    history = [*run(FALLING), told | {"step": 30}, told | {"step": 50}, told | {"step": 90}]
+    found = odd(course_findings([], history, 200))
+    assert found == {"in the run: the loss jumps": ("warn", "step 30 and 2 times more: 9 where it was 1")}
+
+
+def spreads(**changed: Spread) -> dict[str, Spread]:
+    """Trained tensors of a healthy run."""
+    torch.manual_seed(0)
+    names = ("projector.weight", "language.0.lora_A.weight", "language.0.lora_B.weight", "language.1.lora_B.weight")
+    return {name: Spread.of(0.02 * torch.randn(16, 16)) for name in names} | changed
+
+
+def test_spread_of_a_tensor():
+    spread = Spread.of(torch.tensor([[1.0, -3.0], [2.0, 0.0]], dtype=torch.bfloat16))
+    assert (spread.mean, spread.largest, spread.numbers, spread.is_finite) == (0.0, 3.0, 4, True)
+    assert spread.std == pytest.approx(math.sqrt(3.5))
+    assert not Spread.of(torch.tensor([1.0, math.nan])).is_finite
+
+
+def test_healthy_weights():
+    assert odd(weight_findings(spreads(), 100)) == {}
+
+
+ZERO = Spread.of(torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("found", "what", "level", "said"),
+    [
+        (spreads(bad=Spread.of(torch.tensor([math.inf]))), "weights are finite", "fail", "1 of 5 tensors are not"),
+        (spreads(big=Spread.of(torch.tensor([5e4]))), "no weight has grown out of range", "warn", "5e+04, in big"),
+        (spreads(**{"language.1.lora_B.weight": ZERO}), "adapters have left 0", "warn", "1 of 2 have not"),
+        (
+            spreads(**{f"language.{n}.lora_B.weight": ZERO for n in (0, 1)}),
+            "adapters have left 0", "fail", "2 of 2 have not after 100 steps",
+        ),
+        ({}, "something was trained", "fail", "holds no tensor"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_weights(found, what, level, said):
+    complaints = odd(weight_findings(found, 100))
+    assert list(complaints) == [what] and complaints[what][0] == level and said in complaints[what][1]
+
+
+def test_adapters_of_step_0_are_at_0():
+    assert odd(weight_findings({"language.0.lora_B.weight": ZERO}, 0)) == {}
+
+
+def test_gradients_that_stand_out_and_those_that_never_came():
+    healthy = {f"t{n}": 1e-3 * (n + 1) for n in range(6)}
+    assert odd(gradient_findings(healthy)) == {}
+    assert "largest 5.00e+01 in big" in odd(gradient_findings(healthy | {"big": 50.0}))["no gradient stands out"][1]
+    assert "1 of 7 tensors never had one, first none" in str(odd(gradient_findings(healthy | {"none": 0.0})))
+    assert "no gradient stands out" in odd(gradient_findings(healthy | {"broken": math.nan}))
+    assert gradient_findings({}) == []
+
+
+def test_a_line_of_eighths():
+    assert sparkline([0.0, 1.0]) == EIGHTHS[0] + EIGHTHS[7]
+    assert sparkline([1.0] * 5) == EIGHTHS[0] * 5
+    line = sparkline([float(n) for n in range(1000)], width=40)
+    assert len(line) == 40 and list(line) == sorted(line)
