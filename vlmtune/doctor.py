@@ -116,7 +116,7 @@ def _code(run: Path) -> list[Finding]:
         found.append(Finding("warn", "checkpoints are whole", complaint, f"{newest.name} is used"))
     if not complaints:
         found.append(
-            Finding("pass", "checkpoints are whole", f"{len(checkpoint_folders(folder))}, newest {newest.name}")
+            Finding("pass", "checkpoints are whole", f"{len(checkpoint_folders(folder))} in all, newest {newest.name}")
         )
     return [*found, *_weights(newest)]
 

@@ -98,7 +98,7 @@ def describe_judged(findings: Sequence[Finding]) -> list[str]:
     odd = [finding for finding in findings if finding.level != "pass"]
     lines = [f"check: {f.level}: {f.what}: {f.evidence}; {f.remedy}" for f in odd]
     if fine := len(findings) - len(odd):
-        lines.append(f"check: pass: {fine} more figures are as usual, see start.json")
+        lines.append(f"check: pass: {fine}{' other' if odd else ''} figures are as usual, see start.json")
     return lines
 
 
