@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from vlmtune.adapt.memory import PeakMeter
 from vlmtune.adapt.plan import assign_rules
@@ -41,7 +42,7 @@ from vlmtune.optim.precision import Precision, autocast, resolve_precision
 from vlmtune.paths import require_folder
 from vlmtune.prepare import Prepared, largest_micro_batch, prepare, probe_of
 from vlmtune.recovery import NonFinite
-from vlmtune.start import MIB, disk_finding, first_micro_batches, held_bytes, memory_there
+from vlmtune.start import MIB, TIGHT, disk_finding, first_micro_batches, held_bytes, memory_there
 from vlmtune.trainer import Trainer
 from vlmtune.types import Batch, Finding, VlmtuneError
 from vlmtune.use import load_run, products_of
@@ -95,8 +96,6 @@ def check(
 
 def described(section: Section) -> list[str]:
     """Lines for people, in rich's markup."""
-    from rich.markup import escape
-
     colours = {"pass": "green", "warn": "yellow", "fail": "bold red"}
     lines = [f"[bold]{section.name}[/]  {section.seconds:.1f} s"]
     for finding in section.findings:
@@ -251,7 +250,7 @@ class _Run:
         peak = meter.peak()
         if peak is not None:
             there = memory_there(self.device)
-            level = "pass" if peak < 0.9 * there else "warn"
+            level = "pass" if peak < TIGHT * there else "warn"
             remedy = "" if level == "pass" else "lower train.micro_batch_size: a longer run takes a little more"
             findings.append(
                 Finding(level, "its memory fits", f"measured {peak / MIB:,.0f} MiB of {there / MIB:,.0f}", remedy)

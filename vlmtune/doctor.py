@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from vlmtune import __version__
-from vlmtune.checkpoint import OTHER, VERSIONED, checkpoint_folders, newest_whole_checkpoint, read_state
+from vlmtune.checkpoint import OTHER, checkpoint_folders, newest_whole_checkpoint, read_state
 from vlmtune.checks.after import (
     Spread,
     course_findings,
@@ -28,7 +28,9 @@ from vlmtune.replay import as_record, described, find_failure, replay
 from vlmtune.sealed import read_json, require_whole, stage_folders
 from vlmtune.types import Finding, VlmtuneError
 
-BETA = 0.999  # of AdamW's second moment, where the run's config is not at hand
+BETA = (
+    0.999  # AdamW's default for the second moment: it matters only between tensors that began to train at other steps
+)
 AGAIN = "start the run again, which writes it anew"
 
 
@@ -104,7 +106,8 @@ def _config(run: Path) -> list[Finding]:
 
 
 def _code(run: Path) -> list[Finding]:
-    found = [_versions(_read(run / "environment.json", {}))]
+    environment = _read(run / "environment.json", {})
+    found = [_versions({"vlmtune": environment.get("vlmtune"), **environment.get("packages", {})})]
     folder = run / "checkpoints"
     try:
         newest, complaints = newest_whole_checkpoint(folder)
@@ -121,13 +124,13 @@ def _code(run: Path) -> list[Finding]:
     return [*found, *_weights(newest)]
 
 
-def _versions(environment: Mapping[str, Any]) -> Finding:
+def _versions(then: Mapping[str, str | None]) -> Finding:
+    """then: name of a package -> its version in the run."""
     what = "the versions are those of the run"
-    then = {"vlmtune": environment.get("vlmtune"), **environment.get("packages", {})}
     now = {"vlmtune": __version__} | {name: metadata.version(name) for name in then if name != "vlmtune"}
     other = [f"{name} {then[name]} -> {now[name]}" for name in then if then[name] not in (None, now[name])]
     if other:
-        return Finding("warn", what, ", ".join(other), "install those of the run (environment.json) to compare")
+        return Finding("warn", what, ", ".join(other), "install those of the run to compare")
     return Finding("pass", what, f"{len(then)} packages")
 
 
@@ -143,14 +146,9 @@ def checkpoint_findings(folder: Path) -> list[Finding]:
 
     Raises VlmtuneError for a damaged file.
     """
-    described_ = read_state(folder)
-    require_whole(folder, described_["files"], OTHER)
-    found = [Finding("pass", "every file is whole", f"{len(described_['files'])} files")]
-    versions = {name: version for name, version in described_["versions"].items() if name != "vlmtune"}
-    now = {name: metadata.version(name) for name in VERSIONED}
-    other = [f"{name} {version} -> {now[name]}" for name, version in versions.items() if now.get(name) != version]
-    if other:
-        found.append(Finding("warn", "the versions are those of the run", ", ".join(other), "install those to compare"))
+    state = read_state(folder)
+    require_whole(folder, state["files"], OTHER)
+    found = [Finding("pass", "every file is whole", f"{len(state['files'])} files"), _versions(state["versions"])]
     losses = [record["loss"] for record in read_history(folder / "history.jsonl") if record["kind"] == "train"]
     losses = [loss for loss in losses if loss is not None]
     if losses:

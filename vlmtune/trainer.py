@@ -27,7 +27,7 @@ from vlmtune.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from vlmtune.checks.during import GradientWatch, LossWatch, StartWatch, judge_overflow
+from vlmtune.checks.during import GradientWatch, LossWatch, StartWatch, Watch, judge_overflow
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.batchnorm import SharedTower
@@ -583,7 +583,7 @@ class Trainer:
             folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint, self.module.objective, recorded
         )
 
-    def _watches(self) -> dict[str, LossWatch | StartWatch | GradientWatch]:
+    def _watches(self) -> dict[str, Watch]:
         """By their names in a checkpoint."""
         return {"watch": self.watch, "start": self.start, "gradients": self.gradients}
 

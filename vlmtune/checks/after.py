@@ -171,9 +171,8 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one tensor, in float32. largest: absolute."""
+    """Of one tensor, in float32. largest: absolute; numbers: how many."""
 
-    mean: float
     std: float
     largest: float
     numbers: int
@@ -182,9 +181,8 @@ class Spread:
     @classmethod
     def of(cls, tensor: Tensor) -> Spread:
         values = tensor.float()
-        largest = float(values.abs().max())
-        std = float(values.std(correction=0))
-        return cls(float(values.mean()), std, largest, values.numel(), bool(torch.isfinite(values).all()))
+        std, largest = float(values.std(correction=0)), float(values.abs().max())
+        return cls(std, largest, values.numel(), bool(torch.isfinite(values).all()))
 
 
 def weight_findings(spreads: Mapping[str, Spread], steps: int) -> list[Finding]:
@@ -198,7 +196,10 @@ def weight_findings(spreads: Mapping[str, Spread], steps: int) -> list[Finding]:
         evidence = f"{len(broken)} of {len(spreads)} tensors are not, first {broken[0]}"
         found.append(Finding("fail", what, evidence, "continue from an earlier checkpoint"))
     else:
-        found.append(Finding("pass", what, f"{len(spreads)} tensors"))
+        low, high = (pick(spread.std for spread in spreads.values()) for pick in (min, max))
+        size = sum(spread.numbers for spread in spreads.values())
+        evidence = f"{len(spreads)} tensors, {size:,} numbers, standard deviations from {low:.2g} to {high:.2g}"
+        found.append(Finding("pass", what, evidence))
     name = max((n for n in spreads if n not in broken), key=lambda n: spreads[n].largest, default=None)
     if name is not None:
         largest = spreads[name].largest

@@ -25,8 +25,19 @@ LARGE_UPDATE, SMALL_UPDATE = 0.1, 1e-7  # of the weights; about 1e-3 is healthy,
 STILL_SMALL = 0.01  # root mean square of weights that have hardly left 0 (LoRA's B, biases): any update is large then
 
 
-class GradientWatch:
-    """Judges every measurement beside the ones before. Its state is part of a checkpoint."""
+class Watch:
+    """What remembers between steps. Its state, all of its attributes, is part of a checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values, from which `restore` continues exactly."""
+        return dict(vars(self))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class GradientWatch(Watch):
+    """Judges every measurement beside the ones before."""
 
     def __init__(self) -> None:
         self._earlier: list[dict[str, float]] = []
@@ -36,13 +47,6 @@ class GradientWatch:
         norms = {name: row.norm for name, row in rows.items() if row.is_matrix}
         self._earlier = [*self._earlier, norms][-REMEMBERED:]
         return findings
-
-    def state(self) -> dict[str, Any]:
-        """JSON values, from which `restore` continues exactly."""
-        return {"norms": self._earlier}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._earlier = list(state["norms"])
 
 
 def judge_statistics(rows: Rows, earlier: Sequence[Norms]) -> list[Finding]:
@@ -145,8 +149,8 @@ NOISE = 1.5  # mean deviations; batches of one task each differ five times in th
 PAUSE = 10  # steps after a finding in which nothing is said
 
 
-class LossWatch:
-    """Sees when the loss of a step jumps, and when its mean climbs. Its state is part of a checkpoint.
+class LossWatch(Watch):
+    """Sees when the loss of a step jumps, and when its mean climbs.
 
     A jump enters the mean only up to the limit that it broke, so that a second one is seen too.
     """
@@ -191,20 +195,13 @@ class LossWatch:
             "lower the learning rate, or lengthen the warmup",
         )  # fmt: skip
 
-    def state(self) -> dict[str, Any]:
-        """JSON numbers, from which `restore` continues exactly."""
-        return dict(vars(self))
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-
 
 WORSE, WORSE_BY = 1.5, 0.5  # times the mean loss of the stored samples before training, and at least so much above it
 
 
-class StartWatch:
+class StartWatch(Watch):
     """Sees when the samples that a checkpoint stores do worse than before the first step: what a learning rate that is
-    too high does to a model at once. Its state is part of a checkpoint.
+    too high does to a model at once.
 
     The losses of the first steps cannot tell: each is of other samples, and those of tasks lie far apart. These are of
     the same samples, without dropout.
@@ -241,13 +238,6 @@ class StartWatch:
             f"the stored samples have a mean loss of {now:.3g}, before the first step it was {self._before:.3g}",
             "lower the learning rate, or lengthen the warmup",
         )  # fmt: skip
-
-    def state(self) -> dict[str, Any]:
-        """JSON values, from which `restore` continues exactly."""
-        return dict(vars(self))
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
 
 
 # ---- the loss scale ----------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def spreads(**changed: Spread) -> dict[str, Spread]:
 
 def test_spread_of_a_tensor():
     spread = Spread.of(torch.tensor([[1.0, -3.0], [2.0, 0.0]], dtype=torch.bfloat16))
-    assert (spread.mean, spread.largest, spread.numbers, spread.is_finite) == (0.0, 3.0, 4, True)
+    assert (spread.largest, spread.numbers, spread.is_finite) == (3.0, 4, True)
     assert spread.std == pytest.approx(math.sqrt(3.5))
     assert not Spread.of(torch.tensor([1.0, math.nan])).is_finite
 
