@@ -115,3 +115,16 @@ class Evaluate(Strict):
     )
     alpha: float = Field(0.7, ge=0, le=1, description="choices are ranked by log p / tokens^alpha")
     gallery: int = Field(24, ge=0, description="held-out samples shown with pictures on the run page")
+    samples_every: SomeLength | None = Field(
+        None, description="steps, epochs or samples between two replies to those (default: at every evaluation)"
+    )
+
+    @model_validator(mode="after")
+    def _samples_are_generated(self) -> Evaluate:
+        idle = next(
+            (name for name, on in (("generate: false", not self.generate), ("gallery: 0", not self.gallery)) if on),
+            None,
+        )
+        if self.samples_every is not None and idle is not None:
+            raise ValueError(f"samples_every means nothing with {idle}")
+        return self
