@@ -15,7 +15,7 @@ LEVELS = (
     ("data", "models", "losses", "optim"),
     ("adapt", "evaluate"),
     ("checks",),
-    ("trainer", "checkpoint", "observe", "probe", "recovery", "step"),
+    ("trainer", "checkpoint", "observe", "probe", "recovery", "soundness", "step"),
     (
         "config",
         "build",
@@ -56,6 +56,8 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("trainer", "checkpoint"),
         ("trainer", "probe"),
         ("trainer", "recovery"),
+        ("trainer", "soundness"),
+        ("soundness", "probe"),
         ("trainer", "step"),
         ("checkpoint", "probe"),
         ("recovery", "checkpoint"),
