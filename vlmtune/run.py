@@ -235,7 +235,7 @@ def measure(config: Config, made: Prepared, limit: int | None) -> Evaluation:
     return evaluate(
         made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
-        choices=ChoiceRule(wish.choices, wish.alpha),
+        choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics,
     )  # fmt: skip
 
 

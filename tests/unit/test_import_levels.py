@@ -103,6 +103,8 @@ DOORS = {
     "bitsandbytes": ("models/quantise.py", "optim/optimizer.py"),
     "pyarrow": ("data/tables.py",),
     "datasets": ("data/tables.py",),
+    "sacrebleu": ("evaluate/text.py",),
+    "rouge_score": ("evaluate/text.py",),
     "accelerate": (),
     "deepspeed": (),
 }
