@@ -146,11 +146,10 @@ def _language_rule(config: Config, name: str, rate: float) -> dict[str, Any]:
         rule.setdefault("store", "bf16")
     schedule = config.optim.schedule
     if isinstance(schedule, list):  # its rates are those of optim.lr; a rule of another rate has the same shape
-        factor = rate / max(value for part in schedule for value in (part.to, part.start or 0.0))
+        peak = max(value for part in schedule for value in (part.to, part.start or 0.0))
         rule["schedule"] = [
-            part.model_dump(mode="json", exclude_unset=True)
-            | {key: getattr(part, key) * factor for key in ("start", "to") if getattr(part, key) is not None}
-            for part in schedule
+            given | {key: given[key] / peak * rate for key in ("start", "to") if given.get(key) is not None}
+            for given in (part.model_dump(mode="json", exclude_unset=True) for part in schedule)
         ]
     return rule
 
@@ -163,12 +162,11 @@ def _other_rules(config: Config, assigned: dict[str, str]) -> list[dict[str, Any
 
 def _with_plan(config: Config, plan: list[dict[str, Any]], where: str) -> Config:
     """Every arm trains to its end and is evaluated before and after, so that all of them do the same number of steps:
-    early stopping and evaluations on the way are left out; every step is logged, because steps are compared."""
+    early stopping and evaluations on the way are left out."""
     tree = config.model_dump(mode="json", exclude_unset=True)
     tree["plan"] = plan
     if not any(isinstance(rule, dict) and rule.get("store") == "nf4" for rule in plan):
         tree.pop("quantise", None)
-    tree["train"] = tree.get("train", {}) | {"log_every": 1}
     tree["evaluate"] = {k: v for k, v in tree.get("evaluate", {}).items() if k not in ("every", "limit")}
     given = tree.get("checkpoint", {})
     tree["checkpoint"] = {k: v for k, v in given.items() if k == "every"} | {"keep": 1}

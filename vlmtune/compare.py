@@ -8,6 +8,7 @@ Trials are processes one after the other, seed by seed, so that a machine that s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from vlmtune import __version__
 from vlmtune.arms import BASELINE, Arm, build_arms, described_rule, kept_rules, of_seed
 from vlmtune.build import build_eval_groups, build_train
 from vlmtune.config import Config, differing_keys, dump_config, load_config
-from vlmtune.evaluate.comparison import Comparison, Scores, Trial, compare_trials
+from vlmtune.evaluate.comparison import Comparison, Scores, Step, Trial, compare_trials
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.observe.comparison import comparison_tables, markdown, metrics_table, plot, write_comparison_page
 from vlmtune.paths import alone_in, require_folder, write_text
@@ -166,7 +167,8 @@ class _Trials:
                 return child.wait()
             except Interrupted:
                 child.terminate()
-                child.wait(PATIENCE_SECONDS)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(PATIENCE_SECONDS)
                 raise
             finally:
                 if child.poll() is None:
@@ -239,5 +241,5 @@ def _what_counts(name: str, config: Config) -> dict[str, Any]:
 
 
 def _trial(record: dict[str, Any]) -> Trial:
-    steps = [(int(step), seconds, samples) for step, seconds, samples in record["steps"]]
+    steps = [Step(**step) for step in record["steps"]]
     return Trial(**record | {"steps": steps, "scores": Scores.from_record(record["scores"])})

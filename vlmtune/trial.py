@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from vlmtune.build import best_device, build_encoder, build_eval_groups, fit_dat
 from vlmtune.config import Config, dump_config, load_config
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.choices import ChoiceRule
-from vlmtune.evaluate.comparison import HeldOut, Scores, Trial
+from vlmtune.evaluate.comparison import HeldOut, Scores, Step, Trial
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.metrics import score_task
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.models.quantise import place
-from vlmtune.observe.log import CountingBar, read_history
+from vlmtune.observe.log import CountingBar, append_line, keep_until, read_history
+from vlmtune.observer import Observer
 from vlmtune.optim.precision import Precision
 from vlmtune.paths import write_text
 from vlmtune.run import train
@@ -47,7 +49,10 @@ def run_trial(config: Config, arm: str, console: Console, stop: StopRequest) -> 
     Raises VlmtuneError for whatever stops it, Interrupted where `stop` was asked to.
     """
     run = Path(config.run)
-    train(config.model_copy(update={"data": config.data.model_copy(update={"eval": {}})}), console, stop=stop)
+    times = StepTimes(run / "steps.jsonl")
+    train(
+        config.model_copy(update={"data": config.data.model_copy(update={"eval": {}})}), console, False, [times], stop
+    )
     write_text(run / "config.yaml", dump_config(config))  # with the held-out data, for `vlmtune eval`
     loaded = load_run(run, "latest")
     scores = score(loaded.model, loaded.encoder, config, loaded.precision, console)
@@ -57,7 +62,7 @@ def run_trial(config: Config, arm: str, console: Console, stop: StopRequest) -> 
     return Trial(
         arm, config.train.seed, None,
         sum(row["trainable"] for row in rows), sum(row["parameters"] for row in rows),
-        memory["highest"], memory.get("items") or {}, _steps(run / "history.jsonl"), scores,
+        memory["highest"], memory.get("items") or {}, times.read(), scores,
         {key: environment[key] for key in MACHINE},
     )  # fmt: skip
 
@@ -96,15 +101,28 @@ def score(model: torch.nn.Module, encoder: Encoder, config: Config, precision: P
     )
 
 
-def _steps(history: Path) -> list[tuple[int, float, int]]:
-    """(step, seconds, samples) of every step; each has a record of its own."""
-    steps, before = [], 0
-    for record in read_history(history):
-        if record["kind"] == "train":
-            samples = record["samples"] - before
-            steps.append((record["step"], samples / record["samples_per_second"], samples))
-            before = record["samples"]
-    return steps
+class StepTimes(Observer):
+    """Appends a line for every step to a file: its number, seconds, samples, and the processor's seconds since the step
+    before, all threads of this process together (null for the first step of a process)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._last: float | None = None
+
+    def on_step(self, state: Any, metrics: dict[str, Any]) -> None:
+        if self._last is None:
+            keep_until(self.path, state.step - 1)  # of a process that was killed, steps that came again
+        if "skipped" not in metrics:
+            cpu = None if self._last is None else time.process_time() - self._last
+            record = {"step": state.step, "seconds": metrics["step_seconds"], "samples": metrics["samples"], "cpu": cpu}
+            append_line(self.path, record)
+        self._last = time.process_time()
+
+    def on_rewind(self, state: Any) -> None:
+        keep_until(self.path, state.step)
+
+    def read(self) -> list[Step]:
+        return [Step(**record) for record in read_history(self.path)]
 
 
 def main(arguments: list[str]) -> int:

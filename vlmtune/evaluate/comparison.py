@@ -25,6 +25,8 @@ from vlmtune.evaluate.metrics import task_metrics
 
 SETTLING = 3  # steps of a run that are not timed: libraries load, allocators grow, the optimizer makes its state
 
+BUSY = 0.8  # of a processor: below it, other work decides what the clock says
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -58,10 +60,20 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A training step, without evaluations and checkpoints. seconds: by the clock; cpu: the processor's, all threads
+    together, None where it was not measured."""
+
+    step: int
+    seconds: float
+    samples: int
+    cpu: float | None = None
+
+
+@dataclass(frozen=True)
 class Trial:
-    """steps: [step, seconds, samples] of every training step, evaluations and checkpoints not in it; peak: bytes, None
-    where the system does not tell; items: what was alive at the predicted peak of a step, in bytes; machine: device,
-    processor, threads, precision; failed: why there is nothing else, or None."""
+    """peak: bytes, None where the system does not tell; items: what is alive at the predicted peak of a step, in bytes;
+    machine: device, processor, threads, precision; failed: why there is nothing else, or None."""
 
     arm: str
     seed: int
@@ -70,14 +82,21 @@ class Trial:
     parameters: int = 0
     peak: int | None = None
     items: dict[str, int] = field(default_factory=dict)
-    steps: list[tuple[int, float, int]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     scores: Scores | None = None
     machine: dict[str, Any] = field(default_factory=dict)
 
-    def timed(self) -> dict[int, tuple[float, int]]:
-        """Step -> seconds, samples; without the first ones."""
+    def timed(self) -> dict[int, Step]:
+        """By number, without the first ones."""
         first = min(SETTLING, len(self.steps) - 1)
-        return {step: (seconds, samples) for step, seconds, samples in self.steps[first:]}
+        return {step.step: step for step in self.steps[first:]}
+
+    def busy(self) -> float | None:
+        """Share of a processor that the timed steps had; None but for one thread on a CPU, which needs all of one."""
+        if (self.machine.get("device"), self.machine.get("threads")) != ("cpu", 1):
+            return None
+        steps = [step for step in self.timed().values() if step.cpu is not None]
+        return sum(step.cpu for step in steps) / sum(step.seconds for step in steps) if steps else None
 
 
 @dataclass(frozen=True)
@@ -94,17 +113,21 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """All of one method. memory: bytes; speed: samples per second; the ratios are to the baseline's."""
+    """All of one method, ratios to the baseline's. items: what a step holds at its predicted peak, and memory, its
+    measured peak, in bytes; speed: samples per second by the clock; cpu_ratio: of the speed by
+    processor time, None but on a CPU."""
 
     arm: str
     seeds: list[int]
     failed: dict[int, str]
     trainable: int | None = None
     parameters: int | None = None
+    items: dict[str, int] = field(default_factory=dict)
     memory: Interval | None = None
     memory_ratio: Interval | None = None
     speed: Interval | None = None
     speed_ratio: Interval | None = None
+    cpu_ratio: Interval | None = None
     score: Figure | None = None
     loss: Figure | None = None
     metrics: list[Figure] = field(default_factory=list)
@@ -170,13 +193,14 @@ def _row(
     alone = [trial.scores for trial in mine.values()]
     scores = [(a.scores, b.scores) for a, b in pairs]
     return Row(
-        arm, list(mine), failed, first.trainable, first.parameters,
+        arm, list(mine), failed, first.trainable, first.parameters, first.items,
         memory=None if None in peaks else t_interval(peaks),
         memory_ratio=None
         if not sizes or any(None in pair for pair in sizes)
         else ratio_interval([a / b for a, b in sizes]),
         speed=_speed(list(mine.values())),
-        speed_ratio=_speed_ratio(pairs),
+        speed_ratio=_speed_ratio(pairs, lambda step: step.seconds),
+        cpu_ratio=_speed_ratio(pairs, lambda step: step.cpu) if first.machine.get("device") == "cpu" else None,
         score=_figure("score", alone, scores, base) if telling(first.scores.metrics) else None,
         loss=_figure("loss", alone, scores, base),
         metrics=[_figure(name, alone, scores, base) for name in first.scores.metrics if name != "loss"],
@@ -188,17 +212,18 @@ def _speed(trials: Sequence[Trial]) -> Interval:
     rates = []
     for trial in trials:
         steps = trial.timed().values()
-        rates.append(sum(samples for _, samples in steps) / sum(seconds for seconds, _ in steps))
+        rates.append(sum(step.samples for step in steps) / sum(step.seconds for step in steps))
     return t_interval(rates)
 
 
-def _speed_ratio(pairs: Sequence[tuple[Trial, Trial]]) -> Interval | None:
+def _speed_ratio(pairs: Sequence[tuple[Trial, Trial]], time_of: Callable[[Step], float | None]) -> Interval | None:
     """How many times faster. Of a seed: the median over steps, which had the same samples; a busy moment of the machine
     is then one step of many."""
     medians = []
-    for mine, theirs in pairs:
-        one, other = mine.timed(), theirs.timed()
-        ratios = [other[step][0] / one[step][0] for step in one if step in other]
+    for ours, base in pairs:
+        one, other = ours.timed(), base.timed()
+        times = [(time_of(other[n]), time_of(step)) for n, step in one.items() if n in other]
+        ratios = [longer / mine for longer, mine in times if longer is not None and mine]
         if not ratios:
             return None
         medians.append(median_interval(ratios))
@@ -319,6 +344,12 @@ def _notes(
         keys = sorted({key for a in machines for b in machines for key, value in set(a) ^ set(b)})
         notes.append(
             f"trials ran on different machines or settings ({', '.join(keys)}): speed and memory are not paired"
+        )
+    shares = [share for trials in finished.values() for t in trials.values() if (share := t.busy()) is not None]
+    if shares and min(shares) < BUSY:
+        notes.append(
+            f"the machine was busy: trials had {min(shares):.0%} to {max(shares):.0%} of the one processor that they "
+            "use, so compare speed by processor time"
         )
     main = [row for row in rows if row.arm != baseline and row.score is not None and row.score.difference is not None]
     if main and all(row.score.gain is None for row in main):

@@ -21,8 +21,8 @@ MIB = 2**20
 # The picture, in SVG units.
 PANEL, NAMES, BETWEEN, HEAD, LINE, FOOT = 250, 96, 26, 34, 30, 30
 MARK = "*"
-COST, QUALITY = (0, 2, 3, 4, 5, 6), (0, 7, 8, 9, 10, 11)
-"""Columns of the terminal's tables, by number of `headings`."""
+PARTS = {"cost": (2, 3, 4, 5, 6, 7), "score on held-out data": (8, 9, 10), "loss on held-out data": (11, 12, 13)}
+"""The terminal's tables: columns by number of `headings`."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +49,47 @@ class Panel:
 def headings(comparison: Comparison) -> list[str]:
     name = comparison.baseline
     return [
-        "method", "learning rate", "trainable", "peak memory, MiB", f"of {name}", "samples/s", f"times {name}", "score",
-        f"of {name}", f"of {name}'s gain", "held-out loss", f"minus {name}",
+        "method", "learning rate", "trainable", "peak memory, MiB", f"of {name}", "samples/s", f"times {name}",
+        "by CPU time", "score", f"of {name}", f"of {name}'s gain", "held-out loss", f"minus {name}",
+        f"of {name}'s drop",
     ]  # fmt: skip
 
 
 def cells(row: Row, rate: float | None) -> list[str]:
     """One for each heading; empty where there is nothing to say."""
     if not row.seeds:
-        return [row.arm, _rate(rate), *["failed" if row.failed else "waiting"], *[""] * 9]
+        return [row.arm, _rate(rate), "failed" if row.failed else "waiting", *[""] * 11]
     score, loss = row.score, row.loss
     return [
         row.arm, _rate(rate), f"{row.trainable:,} ({row.trainable / row.parameters:.2%})",
         "" if row.memory is None else f"{row.memory.value / MIB:,.0f}", _ratio(row.memory_ratio),
         f"{row.speed.value:.3g}", _ratio(row.speed_ratio),
-        "" if score is None else f"{100 * score.value.value:.1f} %", _share(score and score.ratio),
-        _share(score and score.gain), f"{loss.value.value:.3f}", _signed(loss.difference),
+        _ratio(row.cpu_ratio),
+        _share(score and score.value), _share(score and score.ratio), _share(score and score.gain),
+        _with_ends(loss.value, "{:.3f}".format), _signed(loss.difference), _share(loss.gain),
     ]  # fmt: skip
+
+
+def base_cells(comparison: Comparison) -> list[str]:
+    """As `cells`, of the model before any training."""
+    score, loss = (comparison.base.get(name) for name in ("score", "loss"))
+    shown = ["" if score is None else f"{100 * score:.0f} %", "", "", "" if loss is None else f"{loss:.3f}", "", ""]
+    return ["base", *[""] * 7, *shown]
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """What the methods cost, and what they bring; learning rates are printed with the plans."""
-    names, rows = headings(comparison), [cells(row, None) for row in comparison.rows]
+    names, rows = headings(comparison), _all_cells(comparison, {})
     tables = []
-    for title, wanted in ((f"cost, compared with {comparison.baseline}", COST), ("quality on held-out data", QUALITY)):
+    for title, numbers in PARTS.items():
+        shown = [(row[0], *(row[number] for number in numbers)) for row in rows]
+        if not any(any(cells) for _, *cells in shown):
+            continue
         table = Table(title=title, title_justify="left")
-        for number in wanted:
-            table.add_column(names[number], justify="left" if number == 0 else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(row[number] for number in wanted))
+        for number in (0, *numbers):
+            table.add_column(names[number], justify="right" if number else "left", no_wrap=True)
+        for row in shown[1:] if title == "cost" else shown:
+            table.add_row(*row)
         tables.append(table)
     return tables
 
@@ -108,15 +120,20 @@ def markdown(comparison: Comparison, rates: Mapping[str, float | None]) -> str:
     head = headings(comparison)
     lines = [
         f"# Methods, compared with {comparison.baseline}", "",
-        "| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1),
-        *("| " + " | ".join(map(_in_table, cells(row, rates.get(row.arm)))) + " |" for row in comparison.rows), "",
+        _line(head), "| --- |" + " ---: |" * (len(head) - 1),
+        *(_line(row) for row in _all_cells(comparison, rates)), "",
     ]  # fmt: skip
     done = [row for row in comparison.rows if row.metrics]
     if done:
         lines += [
             "Held-out metrics; in brackets the difference to " + comparison.baseline + ":", "",
             f"| metric | base | {' | '.join(row.arm for row in done)} |", "| --- |" + " ---: |" * (len(done) + 1),
-            *("| " + " | ".join(map(_in_table, cells)) + " |" for cells in metric_cells(comparison)), "",
+            *(_line(row) for row in metric_cells(comparison)), "",
+        ]  # fmt: skip
+    if items := item_cells(comparison):
+        lines += [
+            "Memory at the predicted peak of a step, MiB:", "", _line(items[0]),
+            "| --- |" + " ---: |" * (len(items[0]) - 1), *map(_line, items[1:]), "",
         ]  # fmt: skip
     lines += [f"- {row.arm}, seed {seed}, failed: {why}" for row in comparison.rows for seed, why in row.failed.items()]
     lines += [f"- {note}" for note in comparison.notes]
@@ -137,6 +154,20 @@ def metric_cells(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
+def item_cells(comparison: Comparison) -> list[list[str]]:
+    """What a step holds at its predicted peak, in MiB: a line of headings, then one for each method; [] where it was
+    not predicted."""
+    rows = [row for row in comparison.rows if row.items]
+    names = [name for name in dict.fromkeys(key for row in rows for key in row.items)
+             if any(row.items.get(name, 0) >= MIB / 10 for row in rows)]  # fmt: skip
+    shown = [[row.arm, *(f"{row.items.get(name, 0) / MIB:.1f}" for name in names)] for row in rows]
+    return [["method", *names], *shown] if rows else []
+
+
+def _all_cells(comparison: Comparison, rates: Mapping[str, float | None]) -> list[list[str]]:
+    return [base_cells(comparison), *(cells(row, rates.get(row.arm)) for row in comparison.rows)]
+
+
 def _by_metric(rows: Sequence[Row]) -> list[list[Figure]]:
     """The figures of all methods, metric by metric, scores before losses."""
     found = [[figure for row in rows for figure in row.metrics if figure.name == f.name] for f in rows[0].metrics]
@@ -148,7 +179,7 @@ def plot(comparison: Comparison) -> str:
     rows = [row for row in comparison.rows if row.seeds]
     wanted = [
         (f"peak memory, of {comparison.baseline}", [row.memory_ratio for row in rows]),
-        (f"speed, times {comparison.baseline}", [row.speed_ratio for row in rows]),
+        (f"speed, times {comparison.baseline}", [row.cpu_ratio or row.speed_ratio for row in rows]),
         (f"score, of {comparison.baseline}", [row.score and row.score.ratio for row in rows]),
         (f"held-out loss, minus {comparison.baseline}", [row.loss.difference for row in rows]),
     ]
@@ -197,7 +228,8 @@ def write_comparison_page(
     page = render_html(
         "comparison.html.jinja",
         comparison=comparison, model=model, plans=plans, waiting=waiting, plot=plot(comparison),
-        headings=headings(comparison), rows=[cells(row, rates.get(row.arm)) for row in comparison.rows],
+        headings=headings(comparison), rows=_all_cells(comparison, rates),
+        items=item_cells(comparison),
         metric_rows=metric_cells(comparison) if any(row.metrics for row in comparison.rows) else [],
         measured=[row.arm for row in comparison.rows if row.metrics], version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -214,7 +246,7 @@ def _rate(rate: float | None) -> str:
 
 def _ratio(found: Interval | None) -> str:
     """ "0.62 [0.60, 0.64]"."""
-    return "" if found is None else _with_ends(found, lambda value: f"{value:.2f}")
+    return "" if found is None else _with_ends(found, "{:.2f}".format)
 
 
 def _share(found: Interval | None) -> str:
@@ -227,12 +259,13 @@ def _share(found: Interval | None) -> str:
 
 def _signed(found: Interval | None) -> str:
     """ "+0.012 [-0.003, 0.027]"."""
-    return "" if found is None else _with_ends(found, lambda value: f"{value:+.3f}")
+    return "" if found is None else _with_ends(found, "{:+.3f}".format)
 
 
 def _with_ends(found: Interval, shown: Callable[[float], str]) -> str:
     return shown(found.value) + ("" if found.low is None else f" [{shown(found.low)}, {shown(found.high)}]")
 
 
-def _in_table(text: str) -> str:
-    return text.replace("|", "\\|")
+def _line(row: Sequence[str]) -> str:
+    """Of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
