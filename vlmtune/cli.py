@@ -212,8 +212,8 @@ def compare(
     from vlmtune.compare import parse_rates
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    with StopRequest("the same command continues").listening() as stop:
-        code = run(wish, console, names, seeds, parse_rates(lr or []), output, as_json, stop)
+    with StopRequest("the same command continues").listening():
+        code = run(wish, console, names, seeds, parse_rates(lr or []), output, as_json)
     if code:
         raise typer.Exit(code)
 

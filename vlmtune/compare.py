@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ from vlmtune.arms import BASELINE, Arm, build_arms, described_rule, kept_rules, 
 from vlmtune.build import build_eval_groups, build_train
 from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.evaluate.comparison import Comparison, Scores, Step, Trial, compare_trials
-from vlmtune.interrupt import Interrupted, StopRequest
+from vlmtune.interrupt import Interrupted
 from vlmtune.observe.comparison import comparison_tables, markdown, metrics_table, plot, write_comparison_page
 from vlmtune.paths import alone_in, require_folder, write_text
 from vlmtune.sealed import finite, read_json
@@ -53,13 +55,13 @@ def parse_rates(given: Sequence[str]) -> dict[str, float]:
 
 def compare(
     config: Config, console: Console, methods: Sequence[str], seeds: int = 3, rates: dict[str, float] | None = None,
-    output: Path | None = None, as_json: bool = False, stop: StopRequest | None = None,
+    output: Path | None = None, as_json: bool = False,
 ) -> int:  # fmt: skip
     """Run (or continue) every trial, write what came out, and print it; returns the exit code, 1 if a trial failed.
 
     seeds: how many, from train.seed on; rates: method -> learning rate; output: folder, by default `<run>-compare`.
     A finished trial is not run again. Raises VlmtuneError before anything is trained for what cannot be compared, and
-    for a folder of another comparison; Interrupted where `stop` was asked to.
+    for a folder of another comparison. An Interrupted (`StopRequest.listening`) reaches the trial that is running.
     """
     folder = output or Path(f"{config.run}-compare")
     require_folder(folder, "--output", "choose another folder")
@@ -72,7 +74,7 @@ def compare(
     for line in _described(arms, config, seeds):
         said.print(line, highlight=False, markup=False, soft_wrap=True)
     with alone_in(folder):
-        found = _Trials(folder, arms, [config.train.seed + n for n in range(seeds)], said, stop or StopRequest())
+        found = _Trials(folder, arms, [config.train.seed + n for n in range(seeds)], said)
         record = found.run()
     if as_json:
         print(json.dumps(record, indent=1))
@@ -104,18 +106,13 @@ def _described(arms: Sequence[Arm], config: Config, seeds: int) -> list[str]:
 class _Trials:
     """The folder of a comparison, and what has been run in it."""
 
-    def __init__(self, folder: Path, arms: Sequence[Arm], seeds: Sequence[int], console: Console, stop: StopRequest):
-        self.folder, self.arms, self.seeds, self.console, self.stop = folder, arms, seeds, console, stop
+    def __init__(self, folder: Path, arms: Sequence[Arm], seeds: Sequence[int], console: Console):
+        self.folder, self.arms, self.seeds, self.console = folder, arms, seeds, console
         self.runs = folder / "runs"
         self.names = [arm.name for arm in arms]
         self.baseline = BASELINE if BASELINE in self.names else self.names[0]
-        self.configs = {
-            f"{arm.name}-seed{seed}": of_seed(arm.config, seed, str(self.runs / f"{arm.name}-seed{seed}"))
-            for seed in seeds
-            for arm in arms
-        }
-        first = arms[0].config
-        self.configs = {BASE: of_seed(first, first.train.seed, str(self.runs / BASE)), **self.configs}
+        trials = [(BASE, arms[0], seeds[0]), *((f"{a.name}-seed{seed}", a, seed) for seed in seeds for a in arms)]
+        self.configs = {name: of_seed(arm.config, seed, str(self.runs / name)) for name, arm, seed in trials}
         self._require_own_folder()
 
     @property
@@ -147,13 +144,20 @@ class _Trials:
         """The result of a trial after its process has ended; where it left none, what the process ended with."""
         file, result, log = (self.runs / f"{name}{end}" for end in (".yaml", ".json", ".log"))
         result.unlink(missing_ok=True)
+        if (
+            self._what_differs(name, config) and (self.runs / name).exists()
+        ):  # it failed, and is tried with other values
+            shutil.rmtree(self.runs / name)
         write_text(file, dump_config(config))
         command = [sys.executable, "-m", "vlmtune.trial", str(file), str(result), *(["--base"] if name == BASE else [])]
         code = self._wait(command, log)
         found = self._result(name)
         if found is None:
             said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            how = f"ended with exit code {code}"
+            if code < 0:
+                how = f"was killed by {signal.Signals(-code).name}"
+                how += " (systems do that where memory runs out)" if -code == signal.SIGKILL else ""
             last = f": {said[-1].strip()}" if said else ""
             found = {"failed": f"its process {how}{last}; all of it: {log}"}
             write_text(result, json.dumps(found, indent=1))
@@ -188,15 +192,18 @@ class _Trials:
                 "--output."
             )
         for name, config in self.configs.items():
-            file = self.runs / f"{name}.yaml"
-            if not file.is_file():
-                continue
-            keys = differing_keys(*(_what_counts(name, tree) for tree in (load_config(str(file)), config)))
-            if keys:
+            keys = self._what_differs(name, config)
+            if keys and "failed" not in (self._result(name) or {}):
                 raise VlmtuneError(
                     f"{self.folder} holds another comparison: {name} differs in {', '.join(keys[:4])}; choose another "
                     "--output, or delete that one."
                 )
+
+    def _what_differs(self, name: str, config: Config) -> list[str]:
+        """The keys in which what was begun under a name is not what is wanted now; [] where nothing was begun."""
+        file = self.runs / f"{name}.yaml"
+        before = load_config(str(file)) if file.is_file() else config
+        return differing_keys(_what_counts(name, before), _what_counts(name, config))
 
     def _comparison(self) -> Comparison:
         trials = []

@@ -9,6 +9,7 @@ CONFIG.yaml is that of the method, -seed and the seed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -54,6 +55,7 @@ def run_trial(config: Config, arm: str, console: Console, stop: StopRequest) -> 
         config.model_copy(update={"data": config.data.model_copy(update={"eval": {}})}), console, False, [times], stop
     )
     write_text(run / "config.yaml", dump_config(config))  # with the held-out data, for `vlmtune eval`
+    gc.collect()  # two models may not fit beside each other
     loaded = load_run(run, "latest")
     scores = score(loaded.model, loaded.encoder, config, loaded.precision, console)
     rows = read_json(run / "assignment.json", AGAIN)

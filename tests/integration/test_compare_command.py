@@ -18,7 +18,7 @@ from vlmtune.evaluate.comparison import Scores, score_of
 from vlmtune.evaluate.evaluation import mean_loss
 from vlmtune.trial import score_base
 
-STEPS = 5
+STEPS, LONG = 5, 25
 
 
 @pytest.fixture
@@ -58,8 +58,9 @@ def test_two_methods_from_start_to_page_and_one_more_that_fails(vlmtune, config,
         assert {row["method"] for row in rows if row["part"] == "language"} == {
             f"{arm}" if arm == "full" else "lora r4 α8"
         }
-        assert [step for step, _, _ in trial["steps"]] == list(range(1, STEPS + 1))
-        assert [samples for _, _, samples in trial["steps"]] == [4] * STEPS
+        assert [step["step"] for step in trial["steps"]] == list(range(1, STEPS + 1))
+        assert {step["samples"] for step in trial["steps"]} == {4} and trial["steps"][0]["cpu"] is None
+        assert all(step["seconds"] > 0 and step["cpu"] > 0 for step in trial["steps"][1:])
         assert trial["peak"] >= json.loads((run / "memory.json").read_text())["measured"]
         code, _, err = vlmtune("eval", run, "--output", tmp_path / f"{arm}.json")
         assert (code, err) == (0, "")
@@ -73,6 +74,11 @@ def test_two_methods_from_start_to_page_and_one_more_that_fails(vlmtune, config,
     assert again["rows"][:2] == record["rows"]
     (why,) = again["rows"][2]["failed"].values()
     assert "finite" in why and f"- ia3, seed 0, failed: {why}" in (out_folder / "compare.md").read_text()
+
+    code, out, err = vlmtune("compare", config, "--methods", "full,lora,ia3", "--seeds", 1, "--lr", "lora=1e-3",
+                             "--lr", "ia3=1e-3", "--json")  # fmt: skip
+    assert (code, err) == (0, ""), "what failed is tried again, with other values too"
+    assert json.loads(out)["rows"][2]["failed"] == {} and json.loads(out)["rows"][:2] == record["rows"]
 
     code, _, err = vlmtune("compare", config, "train.seed=0", "optim.clip=0.5", "--methods", "full,lora", "--seeds", 1)
     assert code == 1 and "holds another comparison: full-seed0 differs in optim.clip (1.0 -> 0.5)" in err
@@ -96,7 +102,7 @@ def test_values_of_samples_have_the_metrics_as_their_means(config, quiet):
 def test_a_stopped_comparison_continues(config, tmp_path):
     """SIGTERM reaches the trial that is training: it saves, and the same command goes on from there."""
     tree = yaml.safe_load(config.read_text())
-    tree["train"]["length"] = 60
+    tree["train"]["length"] = LONG
     config.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "vlmtune", "compare", str(config), "--methods", "lora,ia3", "--seeds", "1"]
     run = tmp_path / "run-compare" / "runs" / "lora-seed0"
@@ -109,13 +115,13 @@ def test_a_stopped_comparison_continues(config, tmp_path):
     assert first.returncode == 128 + signal.SIGTERM and "the same command continues" in err
     assert not run.with_suffix(".json").exists()
     stopped_at = json.loads((run / "checkpoints" / "latest" / "state.json").read_text())["state"]["step"]
-    assert 0 < stopped_at < 60
+    assert 0 < stopped_at < LONG
 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"(step {stopped_at})" in run.with_suffix(".log").read_text()
+    assert f"(step {stopped_at})" in " ".join(run.with_suffix(".log").read_text().split())
     trial = json.loads(run.with_suffix(".json").read_text())["trial"]
-    assert [step for step, _, _ in trial["steps"]] == list(range(1, 61))
+    assert [step["step"] for step in trial["steps"]] == list(range(1, LONG + 1))
     assert "there is no full among the methods" in done.stdout
 
 

@@ -90,7 +90,7 @@ def test_a_frozen_base_stays_in_bfloat16(llava):
     assert [arm.config.plan[0].store for arm in arms] == ["fp32", "bf16", "nf4", "bf16"]
 
 
-def test_all_trials_are_of_one_length_and_log_every_step(llava):
+def test_all_trials_are_of_one_length(llava):
     config = config_of(
         llava, PLANS["parts"],
         train={"batch_size": 4, "micro_batch_size": 2, "log_every": 7, "length": "9 steps"},
@@ -100,7 +100,7 @@ def test_all_trials_are_of_one_length_and_log_every_step(llava):
     for arm in build_arms(config, ["full", "ia3"], {}):
         assert (arm.config.evaluate.every, arm.config.evaluate.limit) == (None, None)
         assert arm.config.checkpoint.patience is None and arm.config.checkpoint.every == 3
-        assert (arm.config.checkpoint.keep, arm.config.train.log_every) == (1, 1)
+        assert (arm.config.checkpoint.keep, arm.config.train.log_every) == (1, 7)
         assert (arm.config.train.length, arm.config.evaluate.max_new_tokens) == ("9 steps", 9)
         trial = of_seed(arm.config, 5, "runs/x")
         assert (trial.train.seed, trial.run, trial.plan) == (5, "runs/x", arm.config.plan)

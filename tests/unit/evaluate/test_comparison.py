@@ -13,6 +13,7 @@ from vlmtune.evaluate.comparison import (
     SETTLING,
     HeldOut,
     Scores,
+    Step,
     Trial,
     compare_trials,
     score_of,
@@ -37,10 +38,9 @@ def scores(vqa: list[float], caption: list[float], loss: float) -> Scores:
 
 
 def trial(arm: str, seed: int, quality: float, seconds: float, peak: int | None = 100, steps: int = 20) -> Trial:
-    return Trial(
-        arm, seed, None, 10, 100, peak, {"weights fp32": 50}, [(n, seconds, 4) for n in range(1, steps + 1)],
-        scores([1.0, quality], [quality, quality], 2 - quality), MACHINE,
-    )  # fmt: skip
+    timed = [Step(n, seconds, 4, seconds / 2) for n in range(1, steps + 1)]
+    held_out = scores([1.0, quality], [quality, quality], 2 - quality)
+    return Trial(arm, seed, None, 10, 100, peak, {"weights fp32": 50}, timed, held_out, MACHINE)
 
 
 BASE = scores([0.0, 0.0], [0.0, 0.0], 4.0)
@@ -69,7 +69,7 @@ def test_ratios_are_paired_by_seed():
 
 def test_a_busy_moment_is_one_step_of_many_and_the_first_steps_are_none():
     full, lora = trial("full", 0, 0.5, 2.0), trial("lora", 0, 0.5, 1.0)
-    slow = [(n, 50.0 if n <= SETTLING or n == 10 else s, k) for n, s, k in lora.steps]
+    slow = [replace(s, seconds=50.0) if s.step <= SETTLING or s.step == 10 else s for s in lora.steps]
     found = compare_trials([full, replace(lora, steps=slow)], BASE, ["full", "lora"], "full")
     assert found.row("lora").speed_ratio == Interval(2.0, 2.0, 2.0)
     assert set(replace(lora, steps=slow).timed()) == set(range(SETTLING + 1, 21))
@@ -142,6 +142,21 @@ def test_another_baseline_and_another_machine_are_said():
     assert any("threads" in note for note in found.notes)
 
 
+def test_on_a_busy_machine_processor_time_is_what_counts():
+    """The clock of one trial runs twice as fast for the same work; a GPU's time is not the processor's."""
+    full, lora = trial("full", 0, 0.5, 2.0), trial("lora", 0, 0.5, 1.0)
+    full = replace(full, steps=[replace(step, cpu=None if step.step == 9 else 1.0) for step in full.steps])
+    lora = replace(lora, steps=[replace(step, cpu=0.9) for step in lora.steps])
+    found = compare_trials([full, lora], BASE, ["full", "lora"], "full")
+    assert found.row("lora").speed_ratio.value == 2.0
+    assert found.row("lora").cpu_ratio.value == pytest.approx(1 / 0.9)
+    assert any("trials had 50% to 90% of the one processor" in note for note in found.notes)
+    for machine in (MACHINE | {"device": "NVIDIA X"}, MACHINE | {"threads": 4}):
+        elsewhere = compare_trials([replace(t, machine=machine) for t in (full, lora)], BASE, ["full", "lora"], "full")
+        assert not any("busy" in note for note in elsewhere.notes)
+        assert (elsewhere.row("lora").cpu_ratio is None) == (machine["device"] != "cpu")
+
+
 def test_memory_that_the_system_does_not_tell_is_left_empty():
     found = compare_trials([trial(arm, 0, 0.5, 1.0, None) for arm in ("full", "lora")], BASE, ["full", "lora"], "full")
     assert found.row("lora").memory is None and found.row("lora").memory_ratio is None
@@ -171,7 +186,7 @@ def test_a_metric_without_values_of_samples_has_no_bootstrap():
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=30), st.floats(0.1, 10))
 def test_a_method_compared_with_itself_is_once_as_fast(seconds, peak):
-    steps = [(n, s, 4) for n, s in enumerate(seconds, 1)]
+    steps = [Step(n, s, 4) for n, s in enumerate(seconds, 1)]
     both = [replace(trial(arm, 0, 0.5, 1.0, int(peak * 1e6)), steps=steps) for arm in ("full", "lora")]
     row = compare_trials(both, BASE, ["full", "lora"], "full").row("lora")
     assert row.speed_ratio.value == 1.0 and row.memory_ratio.value == pytest.approx(1.0)

@@ -9,7 +9,7 @@ import pytest
 from markupsafe import escape
 from rich.console import Console
 
-from vlmtune.evaluate.comparison import Comparison, HeldOut, Scores, Trial, compare_trials
+from vlmtune.evaluate.comparison import Comparison, HeldOut, Scores, Step, Trial, compare_trials
 from vlmtune.observe.comparison import (
     cells,
     comparison_tables,
@@ -29,7 +29,9 @@ def trial(arm: str, seed: int, quality: float, seconds: float, peak: int, genera
     metrics = {"loss": 1 - quality, "loss/val/vqa": 1 - quality} | {f"val/vqa/{k}": v for k, v in values.items()}
     held_out = Scores(metrics, [HeldOut("val", "a", "vqa", 1 - quality, 1, values)])
     items = {"weights fp32": 3 << 20, "batch": 10}
-    return Trial(arm, seed, None, 1234, 100_000, peak << 20, items, [(n, seconds, 4) for n in range(1, 9)], held_out)
+    return Trial(
+        arm, seed, None, 1234, 100_000, peak << 20, items, [Step(n, seconds, 4) for n in range(1, 9)], held_out
+    )
 
 
 BASE = trial("base", 0, 0.1, 1.0, 1).scores
