@@ -202,6 +202,34 @@ def ranks(
 
 
 @app.command()
+def compare(
+    config: ConfigName,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="names with commas between them, or a .yaml file of plans by name")
+    ] = "full,lora,qlora,adapter,prefix,ia3",
+    seeds: Annotated[int, typer.Option(min=1, help="trials of each method, with train.seed and the next ones")] = 3,
+    lr: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD=RATE", help="instead of the usual rate; may be given again")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the comparison (default: <run>-compare)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print what compare.json holds")] = False,
+) -> None:
+    """Measure methods on this model and data: parameters, memory, speed, quality. Exit code 1 if a trial failed."""
+    from vlmtune.config import load_config
+
+    wish = load_config(config, overrides or [])
+    from vlmtune.compare import compare as run
+    from vlmtune.compare import parse_rates
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    with StopRequest("the same command continues").listening():
+        code = run(wish, console, names, seeds, parse_rates(lr or []), output, as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder, config.json, or a name like qwen2.5-vl-7b")],
     memory: Annotated[str, typer.Option(help="of the device, for example 24GB")],

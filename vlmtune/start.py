@@ -30,6 +30,7 @@ from vlmtune.models.quantise import stored_bytes
 from vlmtune.models.vocabulary import NewTokens
 from vlmtune.observer import Observer
 from vlmtune.optim.precision import Precision, autocast
+from vlmtune.paths import write_text
 from vlmtune.trainer import Settings
 from vlmtune.types import Batch, Finding, VlmtuneError
 
@@ -257,20 +258,28 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 class MemoryReport(Observer):
-    """Compares the prediction with what the first step of this process took, prints a line and writes memory.json.
+    """Compares the prediction with what the first step of this process took, prints a line and writes memory.json, and
+    again whenever a later step took more.
 
     A resumed run has the optimizer's state from the beginning, so its first step is like any later one.
     """
 
     def __init__(self, prediction: Prediction | str, meter: PeakMeter, console: Console, file: Path, is_resumed: bool):
         self.prediction, self.meter, self.console, self.file = prediction, meter, console, file
-        self.is_resumed, self.is_due = is_resumed, True
+        self.is_resumed = is_resumed
+        self.record: dict[str, Any] = {}
 
     def on_step(self, state: Any, metrics: dict[str, Any]) -> None:
-        if not self.is_due:
+        peak = self.meter.peak()
+        if not self.record:
+            self.record = self._of_first_step(peak)
+        elif peak is None or peak <= self.record["highest"]:
             return
-        self.is_due = False
-        record: dict[str, Any] = {"measured": self.meter.peak()}
+        write_text(self.file, json.dumps(self.record | {"highest": peak}, indent=1))
+        self.record["highest"] = peak
+
+    def _of_first_step(self, measured: int | None) -> dict[str, Any]:
+        record: dict[str, Any] = {"measured": measured}
         if isinstance(self.prediction, str):
             record["predicted"], said = None, self.prediction
         else:
@@ -279,9 +288,8 @@ class MemoryReport(Observer):
             record |= {"predicted": predicted, "predicted_later": found.total, "at": found.peak[0],
                        "items": found.peak[1].items, "image_share": found.image_share}  # fmt: skip
             said = f"predicted {predicted / MIB:,.0f} MiB for this step, {found.total / MIB:,.0f} for later ones"
-        self.file.write_text(json.dumps(record, indent=1))
-        measured = record["measured"]
         seen = "not measured on this system" if measured is None else f"measured {measured / MIB:,.0f} MiB"
         if measured is not None and record["predicted"]:
             seen += f" ({measured / record['predicted'] - 1:+.0%})"
         self.console.print(f"memory: {said}; {seen}", highlight=False, markup=False)
+        return record

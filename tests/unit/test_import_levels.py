@@ -39,6 +39,9 @@ LEVELS = (
         "composition",
         "replay",
         "doctor",
+        "arms",
+        "trial",
+        "compare",
     ),
     ("cli", "__main__"),
 )
@@ -94,6 +97,9 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         *(("replay", other) for other in ("build", "build_course", "build_loss", "config", "failure")),
         ("doctor", "failure"),
         ("doctor", "replay"),
+        *(("arms", other) for other in ("build", "build_course", "build_loss", "config")),
+        *(("trial", other) for other in ("build", "config", "run", "use")),
+        *(("compare", other) for other in ("arms", "build", "config")),
     },
     6: {("__main__", "cli")},
 }

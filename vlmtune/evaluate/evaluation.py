@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,12 +32,25 @@ class Scored:
     boxes: list[Box]
 
 
+@dataclass(frozen=True)
+class SampleLoss:
+    """Of one held-out sample: the sum of the losses of its supervised tokens, and how many there are."""
+
+    group: str
+    id: str
+    task: str
+    loss: float
+    tokens: int
+
+
 @dataclass
 class Evaluation:
-    """metrics: "loss", "loss/<group>/<task>", "<group>/<task>/<metric>" -> value; scored: empty without generation."""
+    """metrics: "loss", "loss/<group>/<task>", "<group>/<task>/<metric>" -> value; scored: empty without generation;
+    losses: of every sample, in the order of `scored`."""
 
     metrics: dict[str, float]
     scored: list[Scored]
+    losses: list[SampleLoss] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -101,16 +114,20 @@ def _evaluate(
 ) -> Evaluation:  # fmt: skip
     metrics: dict[str, float] = {}
     scored: list[Scored] = []
-    total = torch.zeros(2, dtype=torch.float64)
+    every: list[SampleLoss] = []
     for group, sources in groups.items():
         samples = [source[i] for source in sources for i in range(_count(source, limit))]
         losses, regions = _teacher_forced(model, encoder, samples, batch_size)
         for (task, metric), value in regions.items():
             if metric in chosen.get(task, REGION_METRICS):
                 metrics[f"{group}/{task}/{metric}"] = value
-        for task, (loss, tokens) in losses.items():
-            metrics[f"loss/{group}/{task}"] = loss / tokens
-            total += torch.tensor([loss, tokens], dtype=torch.float64)
+        every += [
+            SampleLoss(group, sample.id, sample.task, *loss) for sample, loss in zip(samples, losses, strict=True)
+        ]
+        for task in dict.fromkeys(sample.task for sample in samples):
+            metrics[f"loss/{group}/{task}"] = mean_loss(
+                [row for row in every if (row.group, row.task) == (group, task)]
+            )
         for task, metric, value in choice_metrics(model, encoder, samples, choices, batch_size):
             metrics[f"{group}/{task}/{metric}"] = value
         if max_new_tokens is None:
@@ -129,7 +146,12 @@ def _evaluate(
                 encoder.coordinates.without_places, chosen.get(task),
             )  # fmt: skip
             metrics |= {f"{group}/{task}/{metric}": value for metric, value in result.items()}
-    return Evaluation({"loss": float(total[0] / total[1]), **metrics}, scored)
+    return Evaluation({"loss": mean_loss(every), **metrics}, scored, every)
+
+
+def mean_loss(rows: Sequence[SampleLoss]) -> float:
+    """Mean over supervised tokens."""
+    return sum(row.loss for row in rows) / sum(row.tokens for row in rows)
 
 
 def _count(source: SampleSource, limit: int | None) -> int:
@@ -139,21 +161,20 @@ def _count(source: SampleSource, limit: int | None) -> int:
 
 def _teacher_forced(
     model, encoder: Encoder, samples: list[Sample], batch_size: int
-) -> tuple[dict[str, tuple[float, int]], dict[tuple[str, str], float]]:
-    """task -> (sum of token losses, supervised tokens); and (task, metric) -> value over regions, where there are
-    read-outs."""
+) -> tuple[list[tuple[float, int]], dict[tuple[str, str], float]]:
+    """(sum of token losses, supervised tokens) of every sample; and (task, metric) -> value over regions, where there
+    are read-outs."""
     vlm, readouts = VLM(model), readouts_of(model)
     scores: dict[tuple[str, str], tuple[float, float]] = {}
-    sums: dict[str, tuple[float, int]] = {}
+    sums: list[tuple[float, int]] = []
     for start in range(0, len(samples), batch_size):
         encoded = [encoder.encode(sample) for sample in samples[start : start + batch_size]]
         batch = collate(encoded, encoder.pad_token_id).to(model.device)
         states = vlm(batch)
         losses = token_cross_entropy(states.hidden, vlm.head, states.targets).double()
-        for row, task in enumerate(batch.tasks):
+        for row in range(len(batch.tasks)):
             mine = losses[states.row == row]
-            loss, tokens = sums.get(task, (0.0, 0))
-            sums[task] = (loss + float(mine.sum()), tokens + len(mine))
+            sums.append((float(mine.sum()), len(mine)))
         if readouts is not None:
             for one in region_scores(states.sequence, readouts, batch, [sample.geometry for sample in encoded]):
                 value, weight = scores.get((one.task, one.metric), (0.0, 0.0))

@@ -65,7 +65,7 @@ def draw_chart(
         y_low, y_high = 0.0, 1.0
     elif 0 <= y_low < 0.6 * y_high:
         y_low = 0.0
-    y_values = _nice_ticks(y_low, y_high)
+    y_values = nice_ticks(y_low, y_high)
     y_low, y_high = min(y_low, y_values[0]), max(y_high, y_values[-1])
     x_span = (x_high - x_low) or 1.0
 
@@ -82,7 +82,7 @@ def draw_chart(
             paths = ["M" + "L".join(f"{x:g} {y:g}" for x, y in run) for run in runs if len(run) > 1]
             dots = [run[0] for run in runs if len(run) == 1]
             lines.append(Line(label, number % COLOURS, number >= COLOURS, paths, dots, number_text(last)))
-    x_values = [x for x in _nice_ticks(x_low, x_high) if x_low <= x <= x_high and x == int(x)] or [x_low]
+    x_values = [x for x in nice_ticks(x_low, x_high) if x_low <= x <= x_high and x == int(x)] or [x_low]
     x_ticks = [Tick(place(x, y_low)[0], number_text(x)) for x in x_values]
     y_ticks = [Tick(place(x_low, y)[1], number_text(y)) for y in y_values]
     upright = [Tick(place(x, y_low)[0], name) for x, name in marks if x_low <= x <= x_high]
@@ -127,7 +127,7 @@ def _unbroken(points: Iterable[tuple[float, float | None]]) -> list[list[tuple[f
     return [run for run in runs if run]
 
 
-def _nice_ticks(low: float, high: float) -> list[float]:
+def nice_ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers from at or below `low` to at or above `high`."""
     if high <= low:
         room = abs(low) * 0.1 or 1.0
