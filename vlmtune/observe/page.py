@@ -8,6 +8,8 @@ Read from the run folder, all of them optional, so that a run in progress or a b
 | environment.json | versions, device, and how many steps are planned |
 | assignment.json | list of {part, rule, method, tensors, parameters, trainable, lr, weight_decay, examples} |
 | start.json | list of findings before the first step |
+| validate.json | of `vlmtune validate`: {checkpoint, base, findings: [{section, level, what, evidence, remedy}]} |
+| align.json | of `vlmtune align`: {checkpoint, levels: level -> {rows: row -> {before, after: {value, low, high}}}} |
 | memory.json | {predicted, measured, at, items: name -> bytes} of a step |
 | history.jsonl | an object per line, kind "train", "eval", "samples", "finding"; of a repeated step the last counts |
 | summary.json | {metrics: {"group/task": {metric: {before, after}}}, train_seconds, steps, samples_per_second, …} |
@@ -117,6 +119,8 @@ def render_page(run_folder: Path, refresh: Refresh | None = None) -> str:
         stage_scores=_stage_scores(stages),
         found=by_kind["finding"],
         at_start=_json(run_folder / "start.json") or [],
+        validation=_json(run_folder / "validate.json"),
+        alignment=_json(run_folder / "align.json"),
         composition=_json(run_folder / "composition.json") or [],
         averaged=math.ceil(len(train) / POINTS_PER_LINE),
         assignment=_json(run_folder / "assignment.json") or [],

@@ -177,6 +177,18 @@ def test_findings_before_and_during_the_run_stand_together(hostile_run):
     assert [p for p in pills if p in ("pill warn", "pill pass", "pill fail")] == ["pill warn"] * 2 + ["pill pass"]
 
 
+def test_what_was_measured_afterwards_is_shown(tmp_path):
+    finding = {"section": "yes_no", "level": "warn", "what": HOSTILE, "evidence": HOSTILE, "remedy": ""}
+    record = {"checkpoint": HOSTILE, "base": HOSTILE, "findings": [finding, finding | {"level": "pass"}]}
+    (tmp_path / "validate.json").write_text(json.dumps(record))
+    cell = {"before": {"value": 0.25}, "after": {"value": 0.75, "low": 0.5, "high": 0.875}}
+    levels = {HOSTILE: {"rows": {"probe_of_vision": cell}}, "scene": {"rows": {"probe_of_vision": cell}}}
+    (tmp_path / "align.json").write_text(json.dumps({"checkpoint": HOSTILE, "levels": levels}))
+    page = assert_harmless(write_page(tmp_path).read_text())
+    assert "yes no" in page.text and "1 passed" in page.text
+    assert "probe of vision" in page.text and page.text.count("0.25 → 0.75 0.50–0.88") == 2
+
+
 def test_nothing_noticed_is_said(tmp_path):
     (tmp_path / "start.json").write_text(json.dumps([{"level": "pass", "what": "a", "evidence": "b", "remedy": ""}]))
     assert "Nothing was noticed yet." in Elements(write_page(tmp_path).read_text()).text
