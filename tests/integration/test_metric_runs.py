@@ -68,7 +68,7 @@ def test_chosen_metrics_are_measured_wherever_metrics_are(config, tmp_path, vlmt
     [
         (["x"], {"caption": ["f1"]}, "evaluate.metrics.caption: no sample of data.eval has this task (there is vqa)"),
         (None, {"vqa": ["vqa_accuracy"]}, "vqa.jsonl:1 (sample s0): vqa_accuracy needs meta.answers"),
-        (["x"], {"vqa": ["mean_iou"]}, "mean_iou of task 'vqa' compares boxes, but no reply of its 8 held-out"),
+        (["x"], {"vqa": ["mean_iou"]}, "mean_iou of task 'vqa': no reply of its 8 held-out samples has a box"),
         (["x"], {"vqa": ["mask_oiou"]}, "mask_oiou of task 'vqa' needs a mask head, but this run trains none"),
         (["x"], {"vqa": ["rougeL"]}, "there is no metric 'rougeL' (did you mean rouge_l?)"),
         ([7], {"vqa": ["exact_match"]}, "vqa.jsonl:1 (sample s0): meta.answers is a list of at least one text"),
@@ -77,8 +77,8 @@ def test_chosen_metrics_are_measured_wherever_metrics_are(config, tmp_path, vlmt
 def test_what_cannot_be_measured_is_said_before_training(config, tmp_path, vlmtune, answers, metrics, said):
     """By `check` too, and nothing is written."""
     path = config("run", metrics, [rows(tmp_path, answers)])
-    for command in ("train", "check"):
-        code, out, err = vlmtune(command, path)
+    for command in (["train"], ["check", "--no-data"]):
+        code, out, err = vlmtune(*command, path)
         assert code == 1 and said in " ".join((out + err).split()), out + err
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -88,3 +88,14 @@ def test_a_limit_counts_in_what_can_be_measured(config, tmp_path, vlmtune):
     path = config("run", {"vqa": ["cider"]}, [rows(tmp_path, ["x"])], limit=1)
     code, _, err = vlmtune("train", path)
     assert code == 1 and "there is only one held-out sample" in " ".join(err.split())
+
+
+def test_rows_that_changed_after_training_are_refused_by_eval(config, tmp_path, vlmtune):
+    """`data.eval` does not belong to what a run is made of, so `vlmtune eval` looks again."""
+    source = rows(tmp_path, ["x"])
+    path = config("run", {"vqa": ["vqa_accuracy"]}, [source], every=None, limit=None)
+    code, _, err = vlmtune("train", path, "checkpoint.best=loss", "train.length=3")
+    assert code == 0, err
+    rows(tmp_path, None)
+    code, _, err = vlmtune("eval", tmp_path / "run")
+    assert code == 1 and "vqa.jsonl:1 (sample s0): vqa_accuracy needs meta.answers" in " ".join(err.split())
