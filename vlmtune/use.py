@@ -28,11 +28,12 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.prompts import system_prompt
 from vlmtune.data.sources import with_system
 from vlmtune.evaluate.choices import ChoiceRule
-from vlmtune.evaluate.evaluation import evaluate
+from vlmtune.evaluate.evaluation import evaluate, require_chosen
 from vlmtune.evaluate.generate import reply
 from vlmtune.evaluate.regions import masks_of_sample
 from vlmtune.models.load import load_processor
 from vlmtune.models.quantise import QUANTISED, place
+from vlmtune.models.readouts import readouts_of
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.precision import Precision, autocast, resolve_precision
 from vlmtune.outcome import metrics_table
@@ -114,6 +115,8 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     with CountingBar(console) as bar:
         groups = fit_data(loaded.config, loaded.encoder, [], groups, bar).groups
     wish = loaded.config.evaluate
+    if wish.metrics:  # data.eval may be another one than in training
+        require_chosen(wish.metrics, groups, list(readouts_of(loaded.model) or []), [None])
     result = evaluate(
         loaded.model, loaded.encoder, groups, limit=None, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=loaded.precision,
