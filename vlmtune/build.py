@@ -52,6 +52,7 @@ NOT_FINGERPRINTED = (
     ("stability",),  # says what to do about a failure, so that a run can go on after one
     ("evaluate", "gallery"),
     ("evaluate", "batch_size"),
+    ("evaluate", "retain"),
 )
 
 

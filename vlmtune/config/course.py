@@ -115,3 +115,6 @@ class Evaluate(Strict):
     )
     alpha: float = Field(0.7, ge=0, le=1, description="choices are ranked by log p / tokens^alpha")
     gallery: int = Field(24, ge=0, description="held-out samples shown with pictures on the run page")
+    retain: list[Name] = Field(
+        default_factory=list, description="groups of data.eval that hold what the base could do (vlmtune validate)"
+    )
