@@ -67,6 +67,7 @@ def card(folder: Path, run: Path, name: str) -> str:
         validated=validated,
         issues=[f for f in validated["findings"] if f["level"] != "pass"] if validated else [],
         passed=sum(f["level"] == "pass" for f in validated["findings"]) if validated else 0,
+        is_probed=bool(validated and validated["figures"].get("safety")),
         scores=scores,
         speed=validated["figures"].get("speed") if validated else None,
         quantised=validated["figures"].get("quantised", []) if validated else [],
