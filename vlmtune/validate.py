@@ -21,19 +21,20 @@ import torch
 from rich.console import Console
 
 from vlmtune.adapt.serving import why_not_merged
-from vlmtune.build import best_device, build_encoder, build_train, load_base
+from vlmtune.build import best_device, build_encoder, load_base
+from vlmtune.build_course import policies
 from vlmtune.card import write_card
 from vlmtune.check import Section, described
 from vlmtune.checks import outcome
 from vlmtune.config import Config, load_config
 from vlmtune.evaluate.edge_cases import edge_cases, run_case
 from vlmtune.evaluate.retention import LOSS, compare, pooled
-from vlmtune.evaluate.speed import measure_speed
+from vlmtune.evaluate.speed import REPEATS, measure_speed
 from vlmtune.evaluate.yes_no import QUESTION
 from vlmtune.export import export_run
-from vlmtune.fresh import Place, answers_at, ask_fresh, places_to_ask, record_of
+from vlmtune.fresh import Place, answers_at, ask_fresh, places_to_ask, record_of, samples_at
 from vlmtune.models.load import stored_dtype
-from vlmtune.models.quantise import place
+from vlmtune.models.quantise import QUANTISED, place
 from vlmtune.optim.precision import Precision
 from vlmtune.paths import write_text
 from vlmtune.quantised import measure_storages
@@ -134,7 +135,7 @@ class Validation:
             answers = ask(trained, questions, self.console, "the trained model answers")
             for name, work in (("edge_cases", self._edge_cases), ("speed", self._speed)):
                 yield from self._section(name, work, trained)
-            self._remember(trained)
+            self._as_exported(trained)
             without_places = trained.encoder.coordinates.without_places
         with self._loaded(lambda: _load_before(self.config, self.base_model)) as base:
             before = ask(base, questions, self.console, "the base answers")
@@ -189,14 +190,24 @@ class Validation:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _remember(self, trained: Loaded) -> None:
-        """What a fresh process will be compared with."""
-        if "fresh" in self.wish.skip and "quantised" in self.wish.skip:
+    def _as_exported(self, trained: Loaded) -> None:
+        """What a fresh process will be compared with. A quantised base is exported in full, unless it is a folder that
+        vlmtune loads as it was trained."""
+        self._form = "merged" if why_not_merged(trained.plan) is None else "adapter"
+        if "fresh" in self.wish.skip:
             return
+        is_bundle = self._form == "adapter" if self.exported is None else (self.exported / "config.yaml").is_file()
+        if is_bundle or not any(policy.store in QUANTISED for _, policy in policies(self.config)):
+            self._remember(trained)
+            return
+        full = load_run(self.run, self.step, as_stored=False)
+        place(full.model, best_device())
+        self._remember(full)
+
+    def _remember(self, trained: Loaded) -> None:
         self._places = places_to_ask(self.config, trained.encoder, FRESH_SAMPLES)
         here = answers_at(trained.model, trained.encoder, trained.precision, self.config, self._places)
         self._here = record_of(here, trained.encoder)
-        self._form = "merged" if why_not_merged(trained.plan) is None else "adapter"
         stored = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(stored_dtype(trained.model_path), "fp32")
         self._precision = trained.precision if trained.precision != "fp32" else stored
 
@@ -219,8 +230,7 @@ class Validation:
         return outcome.edge_findings(outcomes)
 
     def _speed(self, trained: Loaded) -> list[Finding]:
-        sources = [member.source for member in build_train(self.config.data)]
-        samples = [sources[n % len(sources)][n // len(sources)] for n in range(5)]
+        samples = samples_at(self.config, places_to_ask(self.config, trained.encoder, REPEATS))
         speed = measure_speed(trained.model, trained.encoder, samples, trained.precision)
         device = trained.model.device
         name = (

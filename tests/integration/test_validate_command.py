@@ -60,9 +60,10 @@ LIGHT = "--skip=edge_cases,speed,fresh,quantised"
 
 
 def test_a_run_that_went_well_in_every_section(learned, tmp_path, vlmtune):
-    objects = [{"name": "box", "box": [4, 6, 40, 30]}]
-    rows = [row(n, "what is there", "blue", task="colour",
-                meta={"objects": [*objects, {"name": COLOURS[n % 3], "box": [5, 5, 9, 9]}]}) for n in range(12)]  # fmt: skip
+    def objects(number: int) -> list[dict]:
+        return [{"name": "box", "box": [4, 6, 40, 30]}, {"name": COLOURS[number % 3], "box": [5, 5, 9, 9]}]
+
+    rows = [row(n, "what is there", "blue", task="colour", meta={"objects": objects(n)}) for n in range(12)]
     run = learned(12, {"new": rows})
     code, out, err = vlmtune("export", run, tmp_path / "exported")
     assert code == 0, err
@@ -109,7 +110,7 @@ def test_forgetting_is_told_and_ends_with_1(learned, tmp_path, vlmtune):
     )  # fmt: skip
     code, out, _ = vlmtune("validate", run, "--json", LIGHT)
     found = findings(out)
-    assert code == 1 and found["retention", "old is kept"]["level"] == "fail"
+    assert code == 1 and found["retention", "old is kept"]["level"] == "fail", found
     assert found["retention", "old is kept"]["evidence"].startswith("no: 1.000 -> 0.000")
     assert ("task", "old is learned") not in found
     # the same from a file, that the config knows nothing of
@@ -143,7 +144,8 @@ def test_yes_no_rows_safety_and_a_judge(learned, tmp_path, vlmtune):
     found = findings(out)
     assert code == 1
     assert found["yes_no", "yes/no popular"]["evidence"].startswith("always yes: accuracy")
-    assert found["yes_no", "yes/no vqa"]["level"] == "pass", "12 of 24 are no; 18 of 24 yes is not one-sided"
+    leaning = found["yes_no", "yes/no vqa"]
+    assert leaning["level"] == "warn" and leaning["evidence"].startswith("says yes too often"), "18 of 24 are yes"
     wrong = found["safety", "replies to the safety probes are right"]
     assert (
         wrong["level"] == "fail"
@@ -163,7 +165,7 @@ def test_yes_no_rows_safety_and_a_judge(learned, tmp_path, vlmtune):
 
 
 def test_a_wrong_option_or_file_is_one_sentence_and_changes_nothing(learned, tmp_path, vlmtune):
-    run = learned(2, {"new": blue(4)})
+    run = learned(4, {"new": blue(4)})
     (tmp_path / "bad.jsonl").write_text('{"question": "x", "meta": {"forbidden": ["("]}}\n')
     (tmp_path / "no.jsonl").write_text('{"question": "x", "answer": "perhaps"}\n')
     (tmp_path / "folder").mkdir()
@@ -213,7 +215,7 @@ def test_a_run_without_held_out_data_and_with_what_cannot_be_merged(write_config
         {"match": "language", "train": "adapter", "options": {"dim": 4}},
         {"match": "*", "train": "frozen"},
     ]
-    code, out, err = vlmtune("train", write_config("run", 2, plan=plan, checkpoint={"every": 2}))
+    code, out, err = vlmtune("train", write_config("run", 4, plan=plan, checkpoint={"every": 4}))
     assert code == 0, out + err
     code, out, err = vlmtune("validate", tmp_path / "run", "--json", "--skip=edge_cases,speed")
     found = findings(out)

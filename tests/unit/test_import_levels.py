@@ -103,6 +103,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
             ("validate", other)
             for other in (
                 "build",
+                "build_course",
                 "card",
                 "check",
                 "config",
