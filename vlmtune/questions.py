@@ -100,10 +100,11 @@ def gather(
     files: Files,
     retained: Sequence[str],
     limit: int | None,
-    question: str,
+    question: str | None,
     console: Console,
 ) -> Questions:
-    """limit: samples of each source. question: of yes/no questions made from `meta.objects` of held-out samples.
+    """limit: samples of each source. question: of yes/no questions made from `meta.objects` of held-out samples,
+    None: make none.
 
     Raises VlmtuneError where there are none such, and the question, another than the usual one, had no effect.
     """
@@ -114,6 +115,8 @@ def gather(
         for group, sources in groups.items()
     }
     held_out |= {name: samples[:limit] for name, samples in files.retain.items()}
+    if question is None:
+        return Questions(held_out, retained, files.pope, files.safety)
     require_question(question)
     polls = poll((sample for samples in held_out.values() for sample in samples), question)
     if not polls and question != QUESTION:

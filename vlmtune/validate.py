@@ -48,6 +48,8 @@ FORMAT = 1
 SECTIONS = (
     "task", "retention", "diversity", "yes_no", "safety", "edge_cases", "speed", "fresh", "quantised",
 )  # fmt: skip
+COMPARED = ("task", "retention", "diversity", "yes_no", "safety")
+"""Sections that ask the base as well."""
 FRESH_SAMPLES = 4
 FILE = "validate.json"
 
@@ -105,6 +107,12 @@ class Validation:
         unknown = [name for name in wish.skip if name not in SECTIONS]
         if unknown:
             raise VlmtuneError(f"--skip {unknown[0]}: there is no such section; there are {', '.join(SECTIONS)}.")
+        for option, given, section in (
+            ("--safety", wish.safety is not None, "safety"), ("--pope", wish.pope is not None, "yes_no"),
+            ("--question", wish.question != QUESTION, "yes_no"), ("--retain", bool(wish.retain), "retention"),
+        ):  # fmt: skip
+            if given and section in wish.skip:
+                raise VlmtuneError(f"{option} belongs to the section {section}, which --skip leaves out; keep one.")
         if wish.judge is not None and wish.safety is None:
             raise VlmtuneError("--judge judges the replies to --safety FILE; pass that too, or leave it out.")
         if wish.checkpoint == "base":
@@ -129,14 +137,28 @@ class Validation:
     def sections(self) -> Iterator[Section]:
         with self._loaded(lambda: load_run(self.run, self.step)) as trained:
             questions = gather(
-                self.config, trained.encoder, self.files, self.retained, self.wish.limit, self.wish.question,
-                self.console,
+                self.config, trained.encoder, self.files, self.retained, self.wish.limit,
+                None if "yes_no" in self.wish.skip else self.wish.question, self.console,
             )  # fmt: skip
-            answers = ask(trained, questions, self.console, "the trained model answers")
+            answers = ask(trained, questions, self.console, "the trained model answers") if self._compares else None
             for name, work in (("edge_cases", self._edge_cases), ("speed", self._speed)):
                 yield from self._section(name, work, trained)
-            self._as_exported(trained)
+            self._form = "merged" if why_not_merged(trained.plan) is None else "adapter"
+            exported_in_full = self._is_exported_in_full()
+            if not exported_in_full:
+                self._remember(trained)
             without_places = trained.encoder.coordinates.without_places
+        if exported_in_full:
+            with self._loaded(lambda: load_run(self.run, self.step, as_stored=False)) as full:
+                self._remember(full)
+        if answers is not None:
+            yield from self._compared(questions, answers, without_places)
+        yield from self._saved(questions, without_places)
+
+    def _compared(
+        self, questions: Questions, answers: Answers, without_places: Callable[[str], str]
+    ) -> Iterator[Section]:
+        """What rests on the answers of both models."""
         with self._loaded(lambda: _load_before(self.config, self.base_model)) as base:
             before = ask(base, questions, self.console, "the base answers")
         self.console.print(
@@ -162,7 +184,6 @@ class Validation:
             yield from self._section("task", lambda: [Finding("warn", what, evidence, remedy)])
         yield from self._section("yes_no", self._yes_no, before, answers)
         yield from self._section("safety", self._safety, questions, before, answers)
-        yield from self._saved(questions, without_places)
 
     def record(self, sections: Sequence[Section], seconds: float) -> dict[str, Any]:
         """validate.json."""
@@ -190,21 +211,20 @@ class Validation:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _as_exported(self, trained: Loaded) -> None:
-        """What a fresh process will be compared with. A quantised base is exported in full, unless it is a folder that
-        vlmtune loads as it was trained."""
-        self._form = "merged" if why_not_merged(trained.plan) is None else "adapter"
-        if "fresh" in self.wish.skip:
-            return
+    @property
+    def _compares(self) -> bool:
+        return not set(COMPARED) <= set(self.wish.skip)
+
+    def _is_exported_in_full(self) -> bool:
+        """Whether the export has other weights than were trained with: a quantised base in full, unless it is a folder
+        that vlmtune loads as it was trained."""
         is_bundle = self._form == "adapter" if self.exported is None else (self.exported / "config.yaml").is_file()
-        if is_bundle or not any(policy.store in QUANTISED for _, policy in policies(self.config)):
-            self._remember(trained)
-            return
-        full = load_run(self.run, self.step, as_stored=False)
-        place(full.model, best_device())
-        self._remember(full)
+        return not is_bundle and any(policy.store in QUANTISED for _, policy in policies(self.config))
 
     def _remember(self, trained: Loaded) -> None:
+        """What a fresh process will be compared with."""
+        if "fresh" in self.wish.skip:
+            return
         self._places = places_to_ask(self.config, trained.encoder, FRESH_SAMPLES)
         here = answers_at(trained.model, trained.encoder, trained.precision, self.config, self._places)
         self._here = record_of(here, trained.encoder)
@@ -233,9 +253,10 @@ class Validation:
         samples = samples_at(self.config, places_to_ask(self.config, trained.encoder, REPEATS))
         speed = measure_speed(trained.model, trained.encoder, samples, trained.precision)
         device = trained.model.device
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
+        threads = torch.get_num_threads()
+        name = f"CPU, {threads} thread{'s' * (threads > 1)}"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
         self.figures["speed"] = asdict(speed) | {"device": name}
         return [outcome.speed_finding(speed, name)]
 
@@ -291,7 +312,7 @@ class Validation:
         yield from self._section("quantised", self._quantised, folder, questions, without_places)
 
     def _fresh(self, folder: Path) -> list[Finding]:
-        form = "the exported model" if (folder / "model.safetensors").is_file() else "the exported folder"
+        form = "the exported model" if (folder / "config.json").is_file() else "the exported folder"
         fresh = ask_fresh(folder, self.run / "config.yaml", self._places, self._here, self._precision)
         self.figures["fresh"] = asdict(fresh)
         return [outcome.fresh_finding(fresh, form)]

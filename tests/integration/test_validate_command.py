@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from training_setup import IN_FULL, png
+
+from vlmtune.validate import SECTIONS
 
 COLOURS = ("red", "blue", "green", "yellow")
 
@@ -65,8 +68,14 @@ def test_a_run_that_went_well_in_every_section(learned, tmp_path, vlmtune):
 
     rows = [row(n, "what is there", "blue", task="colour", meta={"objects": objects(n)}) for n in range(12)]
     run = learned(12, {"new": rows})
+    data = json.loads((run / "data.json").read_text())
+    sha256 = hashlib.sha256((tmp_path / "rows" / "new.jsonl").read_bytes()).hexdigest()
+    assert [(one["place"], one["name"], one["sha256"]) for one in data] == [
+        (place, "rows/new.jsonl", sha256) for place in ("train", "eval/new")
+    ]
     code, out, err = vlmtune("export", run, tmp_path / "exported")
     assert code == 0, err
+    assert sha256 in (tmp_path / "exported" / "README.md").read_text()
     assert "was not run on this checkpoint" in (tmp_path / "exported" / "README.md").read_text()
     files = sorted(path.name for path in run.iterdir())
     code, out, err = vlmtune("validate", run, "--card", tmp_path / "exported", "--json")
@@ -174,6 +183,7 @@ def test_a_wrong_option_or_file_is_one_sentence_and_changes_nothing(learned, tmp
         (["--safety", tmp_path / "gone.jsonl"], "does not exist"),
         (["--pope", tmp_path / "no.jsonl"], "the reply of a yes/no probe is yes or no"),
         (["--judge", "true"], "--judge judges the replies to --safety FILE"),
+        (["--safety", tmp_path / "no.jsonl", "--skip", "safety"], "--skip leaves out"),
         (["--skip", "sped"], "--skip sped: there is no such section"),
         (["--checkpoint", "base"], "name a checkpoint"),
         (["--checkpoint", "step_9"], "no checkpoint 'step_9'"),
@@ -223,3 +233,27 @@ def test_a_run_without_held_out_data_and_with_what_cannot_be_merged(write_config
     assert found["task", "something is held out"]["level"] == "warn"
     assert found["fresh", "the exported folder loads in a process of its own"]["level"] == "pass"
     assert "not measured" in found["quantised", "quantised weights answer as float32 does"]["evidence"]
+
+
+def test_a_quantised_base_is_compared_as_it_is_exported(write_config, tmp_path, vlmtune):
+    """NF4 moves the losses of a tiny model by more than the limit: a comparison with the trained model would fail."""
+    plan = [{"match": "language", "train": "lora", "rank": 4, "store": "nf4"}, {"match": "*", "train": "frozen"}]
+    code, out, err = vlmtune("train", write_config("run", 4, plan=plan, checkpoint={"every": 4}))
+    assert code == 0, out + err
+    others = ",".join(name for name in SECTIONS if name != "fresh")
+    code, out, err = vlmtune("validate", tmp_path / "run", "--json", f"--skip={others}")
+    assert code == 0, out + err
+    (found,) = json.loads(out)
+    assert found["what"] == "the exported model loads in a process of its own"
+
+
+def test_a_chain_is_compared_with_what_it_started_from(chain, tiny_folder, tmp_path, vlmtune):
+    assert vlmtune("train", chain("chained"))[0] == 0
+    code, out, err = vlmtune("validate", tmp_path / "chained", "--json", LIGHT)
+    assert code in (0, 1) and not err
+    (written,) = (tmp_path / "chained").rglob("validate.json")
+    record = json.loads(written.read_text())
+    assert written.parent.name == "3_instruct" and record["base"] == str(tiny_folder("llava"))
+    summary = json.loads((tmp_path / "chained" / "1_align" / "summary.json").read_text())
+    before = {one["task"]: one["before"] for one in record["figures"]["comparisons"] if one["metric"] == "loss"}
+    assert before.keys() == {place.split("/")[1] for place in summary["metrics"]}
