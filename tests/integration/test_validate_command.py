@@ -14,6 +14,7 @@ from training_setup import IN_FULL, png
 
 from vlmtune.validate import SECTIONS
 
+FAST = [{"match": "vision", "train": "frozen"}, {"match": "*", "train": "full", "lr": 4e-3}]
 COLOURS = ("red", "blue", "green", "yellow")
 
 
@@ -108,13 +109,13 @@ def test_a_run_that_went_well_in_every_section(learned, tmp_path, vlmtune):
 
 
 def test_forgetting_is_told_and_ends_with_1(learned, tmp_path, vlmtune):
-    """A model that can two things goes on with one of them, at a rate that drives out the other."""
+    """A model that knows two things goes on with one of them, at a rate that drives out the other."""
     old = [row(n, "how many", "three", task="count") for n in range(20, 40)]
-    first = learned(24, {"new": [*blue(20), *old]}, "first")
+    first = learned(40, {"new": [*blue(20), *old]}, "first", plan=FAST)
     code, _, err = vlmtune("export", first, tmp_path / "base")
     assert code == 0, err
     run = learned(
-        16, {"new": blue(), "old": old}, model=str(tmp_path / "base"),
+        16, {"new": blue(), "old": old}, model=str(tmp_path / "base"), plan=FAST,
         evaluate={"batch_size": 6, "max_new_tokens": 8, "retain": ["old"]},
     )  # fmt: skip
     code, out, _ = vlmtune("validate", run, "--json", LIGHT)
@@ -187,7 +188,7 @@ def test_a_wrong_option_or_file_is_one_sentence_and_changes_nothing(learned, tmp
         (["--skip", "sped"], "--skip sped: there is no such section"),
         (["--checkpoint", "base"], "name a checkpoint"),
         (["--checkpoint", "step_9"], "no checkpoint 'step_9'"),
-        (["--card", tmp_path / "folder"], "did not write it"),
+        (["--card", tmp_path / "folder"], "is not a folder that `vlmtune export` wrote"),
         (["--question", "Is it?"], "does not hold {name} once"),
         (["--question", "Any {name}?"], "no held-out sample says in meta.objects"),
     ):
