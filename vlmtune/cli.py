@@ -292,6 +292,36 @@ def export(
 
 
 @app.command()
+def validate(
+    run: Annotated[Path, typer.Argument(help="a run folder, or a chain of stages")],
+    checkpoint: Annotated[str, typer.Option(help="latest, best or step_…")] = "latest",
+    retain: Annotated[
+        list[str] | None, typer.Option(help="held-out group, or data file, of what the base could do; repeatable")
+    ] = None,
+    pope: Annotated[Path | None, typer.Option(help="data file of questions whose replies are yes or no")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="whether {name} is there, where meta.objects says what is")
+    ] = None,
+    safety: Annotated[Path | None, typer.Option(help="data file of prompts with meta.refuse or meta.forbidden")] = None,
+    judge: Annotated[str | None, typer.Option(help="command that judges the replies to --safety")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="sections to leave out, a,b or repeated")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="samples of each held-out source (default: all)")] = None,
+    card: Annotated[Path | None, typer.Option(help="exported folder of this checkpoint: write its model card")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+) -> None:
+    """What came out of a run: learned, kept, varied, honest, robust, loadable. Exit code 1 if anything fails."""
+    from vlmtune.evaluate.yes_no import QUESTION
+    from vlmtune.validate import Wish
+    from vlmtune.validate import validate as check
+
+    sections = [name.strip() for part in skip or [] for name in part.split(",")]
+    wish = Wish(checkpoint, retain or (), pope, question or QUESTION, safety, judge, sections, limit, card)
+    code = check(run, console, wish, as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     path: Annotated[Path, typer.Argument(help="a run folder, a chain of stages, or a checkpoint folder")],
     failure: Annotated[str | None, typer.Option(help="a folder of RUN/failures, step_… (default: the newest)")] = None,
