@@ -37,6 +37,7 @@ LEVELS = (
         "composition",
         "replay",
         "doctor",
+        "align",
     ),
     ("cli", "__main__"),
 )
@@ -87,6 +88,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("composition", "build"),
         *(("stages", other) for other in ("build", "build_course", "build_loss", "config", "export", "run")),
         *(("replay", other) for other in ("build", "build_course", "build_loss", "config", "failure")),
+        *(("align", other) for other in ("build", "config", "outcome", "use")),
         ("doctor", "failure"),
         ("doctor", "replay"),
     },
