@@ -33,8 +33,8 @@ from vlmtune.evaluate.alignment import (
     right,
 )
 from vlmtune.evaluate.choices import ChoiceRule
-from vlmtune.evaluate.intervals import accuracy, difference
 from vlmtune.evaluate.level_questions import FEWEST, Asked, row_questions, scene_questions
+from vlmtune.evaluate.proportions import accuracy, difference
 from vlmtune.models.features import STAGES, Stage, stage_digest
 from vlmtune.models.quantise import place
 from vlmtune.observe.alignment_page import write_alignment_page

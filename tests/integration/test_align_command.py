@@ -36,7 +36,9 @@ def coloured(tmp_path):
         lines.append(
             {
                 "id": f"c{n}", "task": "colour", "meta": meta,
-                "messages": [{"role": "user", "content": content[n >= 162 :]}, {"role": "assistant", "content": colour}],
+                "messages": [
+                    {"role": "user", "content": content[n >= 162 :]}, {"role": "assistant", "content": colour}
+                ],
             }
         )  # fmt: skip
     path = tmp_path / "held.jsonl"
@@ -53,7 +55,7 @@ def test_scenes_before_and_after(write_config, vlmtune, tmp_path):
     record = json.loads((run / "align.json").read_text())
     assert list(record["levels"]) == ["object", "attribute", "relation", "scene"] and record["frozen"] == ["vision"]
     assert "vision (frozen: the same)" in out and f"page: {run / 'align.html'}" in out.replace("\n", "")
-    for level, found in record["levels"].items():
+    for found in record["levels"].values():
         assert (found["test"], found["learn"]) == (20, 60) and list(found["rows"]) == ROWS
         assert found["rows"]["vision"]["before"] == found["rows"]["vision"]["after"]
         assert found["rows"]["vision"]["change"]["value"] == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vlmtune.evaluate.intervals import Estimate, accuracy, difference
+from vlmtune.evaluate.proportions import Estimate, accuracy, difference
 from vlmtune.types import Finding
 
 Right = Mapping[str, Sequence[bool]]

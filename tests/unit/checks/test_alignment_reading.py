@@ -10,7 +10,7 @@ COUNT = 100
 
 
 def right(share: float) -> list[bool]:
-    return [n < share * COUNT for n in range(COUNT)]
+    return [n < round(share * COUNT) for n in range(COUNT)]
 
 
 def row(vision: float, projector: float, generated: float, chosen: float) -> dict[str, list[bool]]:

@@ -1,4 +1,4 @@
-"""Questions at four levels: their answers against what the pictures' own records say, their balance, their images (A7)."""
+"""Questions at four levels: their answers against what was placed, their balance, what no training shows (A7)."""
 
 from __future__ import annotations
 

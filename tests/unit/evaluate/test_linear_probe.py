@@ -21,7 +21,7 @@ def clusters(seed: int, count: int, dimensions: int, noise: float) -> tuple[np.n
 
 @pytest.mark.parametrize("wrong, penalty", [(0.1, 0.3), (0.25, 0.01), (0.4, 1e-3)])
 def test_one_feature_of_two_values_by_hand(wrong, penalty):
-    """x = +1 or -1, the label follows it but for a share `wrong`. By symmetry weights are (w, -w) and the bias is 0; the
+    """x = +1 or -1; the label follows it but for a share q, `wrong`. By symmetry weights are (w, -w), the bias 0; the
     derivative of -(1-q) log s(2w) - q log s(-2w) + penalty w^2 is 0 where 1 - q - s(2w) = penalty w."""
     count = 40
     x = np.repeat([1.0, -1.0], count)
@@ -93,7 +93,7 @@ def test_units_and_features_that_never_vary_do_not_matter():
 
 
 def test_a_small_block_counts_as_much_as_a_large_one():
-    """One column that tells the answer beside 2000 of noise: lost among them in one block, seen in a block of its own."""
+    """One column that tells the answer beside 2000 of noise: lost among them in one block, seen in one of its own."""
     draw = np.random.default_rng(7)
     kinds = draw.integers(0, 2, 120)
     x = np.concatenate([draw.normal(size=(120, 2000)), kinds[:, None] * 2.0], axis=1)

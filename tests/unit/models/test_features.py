@@ -1,4 +1,4 @@
-"""Grids of patch features of every family: where they are, against the model's own output, and what a probe reads (A7)."""
+"""Grids of patch features of every family: where they are, the model's own output, and what a probe reads (A7)."""
 
 from __future__ import annotations
 

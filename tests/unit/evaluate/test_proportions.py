@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from vlmtune.evaluate.intervals import accuracy, difference
+from vlmtune.evaluate.proportions import accuracy, difference
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=120)
 
