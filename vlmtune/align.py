@@ -79,7 +79,7 @@ def align(
     on: On = "scenes",
     concepts: ConceptGroup | None = None,
     levels: Sequence[str] = (),
-    samples: int = 160,
+    samples: int = 100,
     checkpoint: str = "latest",
     as_json: bool = False,
 ) -> Matrix:

@@ -282,7 +282,7 @@ def align(
     level: Annotated[
         list[str] | None, typer.Option(help="task=level, for rows without meta.level; can be repeated")
     ] = None,
-    samples: Annotated[int, typer.Option(help="test questions of each level; probes learn from 3 times as many")] = 160,
+    samples: Annotated[int, typer.Option(help="test questions of each level; probes learn from 3 times as many")] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="print the matrix as JSON")] = False,
 ) -> None:
     """Does language say what vision shows? Objects, attributes, relations, scenes, before and after training."""

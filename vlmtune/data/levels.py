@@ -5,9 +5,9 @@ them often, in the phrasings of `questions`:
 
 | level | question | answers |
 | --- | --- | --- |
-| object | What is in [region]? | 12 names |
+| object | What is in [region]? | 8 names |
 | | Any X? of two names | yes, no |
-| attribute | What kind is top left? | the kinds of the concepts |
+| attribute | What kind is top left? | 6 kinds |
 | | How many X? | 1, 2, 3 |
 | | Larger: X or Y? | X, Y |
 | relation | Is X left of Y? Is X above Y? of two pairs | yes, no |
@@ -33,7 +33,7 @@ from vlmtune.data.scenes import scene_sample
 from vlmtune.types import Boxes, Sample
 
 LEVELS: tuple[Level, ...] = get_args(Level)
-NAMES_ASKED = 12  # of "What is in [region]?": enough images of each for a probe to learn it
+NAMES_ASKED, KINDS_ASKED = 8, 6  # few, so that a probe sees enough images of each
 POOL = 12  # names that the scenes of a question about some of them are arranged from, so that those come up often
 KIND_AT = PLACES[0, 0]
 
@@ -95,7 +95,8 @@ class LevelScenes:
                 yield naming
                 yield _Form(("yes", "no"), lambda random, _, name=name: self._draw_existence(random, name))
         elif self.level == "attribute":
-            kinds = _Form(tuple(sorted({atlas()[name].kind for name in self.names})), self._draw_kind)
+            known = sorted({atlas()[name].kind for name in self.names})
+            kinds = _Form(tuple(random.sample(known, KINDS_ASKED)), self._draw_kind)
             counted, pair = random.choice(self.names), random.choice(pairs)
             yield kinds
             yield _Form(("1", "2", "3"), lambda random, answer: self._draw_count(random, counted, answer))

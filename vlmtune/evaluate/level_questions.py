@@ -87,10 +87,10 @@ def row_questions(
     for level, questions in found.items():
         whole = split_by_image(questions, wanted)
         split = answerable(whole)
-        if rare := len(whole.test) - len(split.test):
-            left_out["asked too rarely for a probe to learn it"] += rare
         if len(split.test) >= FEWEST:
             splits[level] = split
+            if rare := len(whole.test) - len(split.test):
+                left_out["asked too rarely for a probe to learn it"] += rare
         else:
             too_few[level] = _why(questions, split)
     return Asked(splits, too_few, dict(left_out))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlmtune.data.atlas import PHOTOS, atlas, concept_names
 from vlmtune.data.layout import RESERVED_STRIP, held_out, photo
-from vlmtune.data.levels import LEVELS, NAMES_ASKED, LevelQuestion, LevelScenes
+from vlmtune.data.levels import KINDS_ASKED, LEVELS, NAMES_ASKED, LevelQuestion, LevelScenes
 from vlmtune.data.questions import CLEAR_MARGIN, CLEARLY_LARGER
 from vlmtune.data.scenes import SceneRecipe
 from vlmtune.types import Boxes, Text
@@ -94,6 +94,9 @@ def test_few_questions_often_and_answers_balanced(level, concepts):
         # five standard deviations of a share of 1/K in so many draws
         chance = 1 / len(of_it)
         assert share < chance + 5 * (chance * (1 - chance) / counts.total()) ** 0.5, (wording, counts)
+    if level == "attribute":
+        (kinds,) = labels["What kind is top left?"]
+        assert len(kinds) == KINDS_ASKED
     if level == "object":
         (names,) = labels["What is in [region]?"]
         assert len(names) == NAMES_ASKED and set(names) <= set(concept_names(concepts))
