@@ -112,22 +112,19 @@ def test_a_chain_from_the_first_base_to_the_last_stage(chain, vlmtune, tmp_path)
     assert record["frozen"] == ["vision"] and (tmp_path / "chain" / "align.html").is_file()
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
+def test_what_is_refused(write_config, vlmtune, tmp_path):
+    assert vlmtune("train", write_config("run", 4))[0] == 0
+    for options, message in (
         (["--samples", 5], "--samples 5: at least 20"),
         (["--level", "vqa=object"], "add --on data"),
         (["--on", "data", "--concepts", "new"], "--concepts is about the embedded scenes"),
         (["--on", "data", "--level", "vqa=colour"], "write task=level, the level one of object, attribute"),
         (["--on", "data"], "has no data.eval"),
         (["--checkpoint", "best"], "no checkpoint 'best'"),
-    ],
-)
-def test_what_is_refused(write_config, vlmtune, tmp_path, options, message):
-    assert vlmtune("train", write_config("run", 4))[0] == 0
-    code, _, err = vlmtune("align", tmp_path / "run", *options)
-    assert code == 1 and message in " ".join(err.split()), err
-    assert not (tmp_path / "run" / "align.json").exists()
+    ):
+        code, _, err = vlmtune("align", tmp_path / "run", *options)
+        assert code == 1 and message in " ".join(err.split()), err
+        assert not (tmp_path / "run" / "align.json").exists()
 
 
 def test_data_that_nothing_can_be_measured_on(write_config, vlmtune, tmp_path, rows, coloured):
