@@ -44,7 +44,7 @@ from vlmtune.outcome import question_text
 from vlmtune.paths import require_folder, write_text
 from vlmtune.sealed import finite, stage_folders
 from vlmtune.types import Finding, Sample, VlmtuneError
-from vlmtune.use import Loaded, last_stage, load_run
+from vlmtune.use import Loaded, find_checkpoint, last_stage, load_run
 
 On = Literal["scenes", "data"]
 PICTURES = 3  # of each level, where vision knows and language does not say
@@ -99,6 +99,7 @@ def align(
     stage = last_stage(run)
     if not (stage / "config.yaml").is_file():
         raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
+    find_checkpoint(run, checkpoint)  # refused before anything is measured
     require_folder(run, "run folder", "make it writable")
     config = load_config(str(stage / "config.yaml"))
     said = Console(quiet=True) if as_json else console
