@@ -58,11 +58,13 @@ def _gap(level: str, prior: Sequence[bool], after: Right, off: int) -> Finding:
             "warn", what, f"{evidence}; a probe behind the projector has only {shown(after['projector'])} left",
             "train the projector in full, on more samples of this level",
         )  # fmt: skip
-    if difference(after["by probability"], said).low > 0:
+    chosen = after["by probability"]
+    if difference(chosen, said).low > 0:
+        more = ", and more samples of this level" if difference(seen, chosen).low > 0 else ""
         return Finding(
-            "warn", what, f"{evidence}; the most probable of the answers is right on {shown(after['by probability'])}, "
+            "warn", what, f"{evidence}; the most probable of the answers is right on {shown(chosen)}, "
             f"and {off} of {len(said)} replies are none of them",
-            "teach the form of the reply: samples whose reply is the answer and nothing else",
+            f"teach the form of the reply: samples whose reply is the answer and nothing else{more}",
         )  # fmt: skip
     return Finding(
         "warn", what, evidence, "train on more samples of this level, the language model and the projector together"

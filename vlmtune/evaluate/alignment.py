@@ -145,13 +145,15 @@ def _design(features: Sequence[Tensor], questions: Sequence[LevelQuestion], word
 
 
 def prior_answers(split: Split) -> list[str]:
-    """The most frequent answer that each question's probe learned from: what answering without looking gives."""
+    """For each test question the answer that is most often right among those of its probe: without looking, nobody who
+    gives one answer to one question can do better. A baseline from other questions could be unlucky, and flatter."""
     asked = Counter(question.question for question in split.learn)
+    groups = [_group(question, asked) for question in split.test]
     counts: dict[str, Counter[str]] = {}
-    for question in split.learn:
-        counts.setdefault(_group(question, asked), Counter())[question.answer] += 1
-    return [min(found, key=lambda label: (-found[label], label))
-            for found in (counts[_group(question, asked)] for question in split.test)]  # fmt: skip
+    for group, question in zip(groups, split.test, strict=True):
+        counts.setdefault(group, Counter())[question.answer] += 1
+    best = {group: min(found, key=lambda label: (-found[label], label)) for group, found in counts.items()}
+    return [best[group] for group in groups]
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ def row(vision: float, projector: float, generated: float, chosen: float) -> dic
         ),
         (row(0.9, 0.55, 0.5, 0.5), "warn", "behind the projector has only .55", "train the projector in full"),
         (row(0.9, 0.9, 0.3, 0.85), "warn", "most probable of the answers is right on .85", "form of the reply"),
+        (row(0.9, 0.9, 0.3, 0.6), "warn", "right on .60", "form of the reply"),
         (row(0.25, 0.25, 0.25, 0.25), "warn", "neither is better than answering without looking (0.25)", "max_pixels"),
         (row(0.27, 0.25, 0.9, 0.9), "pass", "better than what a linear probe reads", ""),
         (row(0.6, 0.6, 0.95, 0.95), "pass", "difference -0.35", ""),
@@ -40,6 +41,12 @@ def test_readings(after, level, evidence, remedy):
     assert found.level == level and found.what == "object: language says what vision shows"
     assert evidence in found.evidence and remedy in found.remedy and bool(found.remedy) == (level == "warn")
     assert "40 of 100 replies" in found.evidence if "form of" in remedy else "replies" not in found.evidence
+
+
+def test_form_is_not_all_where_probability_lags_too():
+    (only_form,) = reading("object", right(0.2), None, row(0.9, 0.9, 0.3, 0.88))
+    (both,) = reading("object", right(0.2), None, row(0.9, 0.9, 0.3, 0.6))
+    assert "more samples" not in only_form.remedy and "more samples of this level" in both.remedy
 
 
 def test_what_training_lost_is_said_and_what_it_gained_is_no_complaint():

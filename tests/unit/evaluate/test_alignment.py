@@ -103,9 +103,11 @@ def test_regions_have_probes_of_their_own():
 
 
 def test_without_looking():
-    learn = [ask("Any owl?", "yes", image=n) for n in range(15)] + [ask("Any owl?", "no", image=n) for n in range(9)]
-    learn += [ask("Any ox?", "no", image=n) for n in range(PER_QUESTION)]
-    assert prior_answers(Split(learn, [ask("Any owl?", "no"), ask("Any ox?", "yes")])) == ["yes", "no"]
+    learn = [ask(f"Any {name}?", "yes", image=n) for name in ("owl", "ox") for n in range(PER_QUESTION)]
+    test = [ask("Any owl?", answer) for answer in ("no", "yes", "no")] + [ask("Any ox?", "yes")]
+    assert prior_answers(Split(learn, test)) == ["no", "no", "no", "yes"]
+    rare = [ask(f"Any {n}?", "no" if n else "yes") for n in range(3)]
+    assert prior_answers(Split([], rare)) == ["no"] * 3, "questions that share a probe share the answer"
 
 
 @settings(max_examples=60, deadline=None)
