@@ -339,6 +339,28 @@ def doctor(
 
 
 @app.command()
+def align(
+    run: Annotated[Path, typer.Argument(help="a run folder, or a chain of stages")],
+    checkpoint: Annotated[str, typer.Option(help="latest, best or step_…")] = "latest",
+    on: Annotated[
+        Literal["scenes", "data"], typer.Option(help="ask about the embedded scenes, or rows of data.eval")
+    ] = "scenes",
+    concepts: Annotated[
+        Literal["base", "new", "all"] | None, typer.Option(help="of the scenes: 72 base ones, 24 new (default), or all")
+    ] = None,
+    level: Annotated[
+        list[str] | None, typer.Option(help="task=level, for rows without meta.level; can be repeated")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="test questions of each level; probes learn from 3 times as many")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="print the matrix as JSON")] = False,
+) -> None:
+    """Does language say what vision shows? Objects, attributes, relations, scenes, before and after training."""
+    from vlmtune.align import align as run_align
+
+    run_align(run, console, on, concepts, level or [], samples, checkpoint, as_json)
+
+
+@app.command()
 def scenes(
     folder: Annotated[Path, typer.Argument(help="where the files go; a split that is there already is kept")],
     train_per_task: Annotated[

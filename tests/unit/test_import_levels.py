@@ -48,6 +48,7 @@ LEVELS = (
         "quantised",
         "validated",
         "validate",
+        "align",
     ),
     ("cli", "__main__"),
 )
@@ -123,6 +124,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
                 "validated",
             )
         ),
+        *(("align", other) for other in ("build", "config", "samples", "use")),
         ("doctor", "failure"),
         ("doctor", "replay"),
         *(("arms", other) for other in ("build", "build_course", "build_loss", "config")),
