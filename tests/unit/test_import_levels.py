@@ -87,7 +87,17 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         *(("prepare", other) for other in ("build", "build_course", "build_loss", "config", "start")),
         *(
             ("check", other)
-            for other in ("build", "build_course", "build_loss", "check_data", "config", "prepare", "start", "use")
+            for other in (
+                "build",
+                "build_course",
+                "build_loss",
+                "check_data",
+                "config",
+                "failure",
+                "prepare",
+                "start",
+                "use",
+            )  # fmt: skip
         ),
         ("run", "prepare"),
         ("run", "view"),
