@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from vlmtune.evaluate.diversity import Diversity
 from vlmtune.evaluate.edge_cases import Outcome
-from vlmtune.evaluate.paired import Change, holm, wilson
+from vlmtune.evaluate.paired import Change, holm
+from vlmtune.evaluate.proportions import wilson
 from vlmtune.evaluate.retention import LOSS, Comparison
 from vlmtune.evaluate.safety import Verdict
 from vlmtune.evaluate.speed import Speed
