@@ -28,6 +28,7 @@ from vlmtune.evaluate.choices import ChoiceRule
 from vlmtune.evaluate.comparison import HeldOut, Scores, Step, Trial
 from vlmtune.evaluate.evaluation import evaluate
 from vlmtune.evaluate.metrics import score_task
+from vlmtune.evaluate.names import metrics_of_one
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.models.quantise import place
 from vlmtune.observe.log import CountingBar, append_line, keep_until, read_history
@@ -88,15 +89,18 @@ def score(model: torch.nn.Module, encoder: Encoder, config: Config, precision: P
     found = evaluate(
         model, encoder, groups, limit=None, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=precision,
-        choices=ChoiceRule(wish.choices, wish.alpha),
+        choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics,
     )  # fmt: skip
     odd = [name for name, value in found.metrics.items() if value != value or abs(value) == float("inf")]
     if odd:
         raise VlmtuneError(f"{odd[0]} is {found.metrics[odd[0]]} on held-out data; lower the learning rate.")
     values: list[dict[str, float]] = [
-        score_task(s.sample.task, [s.reply], [s.sample], [s.boxes], encoder.coordinates.without_places)
+        score_task(
+            s.sample.task, [s.reply], [s.sample], [s.boxes], encoder.coordinates.without_places,
+            metrics_of_one(wish.metrics.get(s.sample.task)),
+        )
         for s in found.scored
-    ] or [{} for _ in found.losses]
+    ] or [{} for _ in found.losses]  # fmt: skip
     return Scores(
         found.metrics,
         [HeldOut(**asdict(row), values=own) for row, own in zip(found.losses, values, strict=True)],
