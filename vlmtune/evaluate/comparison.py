@@ -327,6 +327,11 @@ def _notes(
         counts = sorted({len(row.seeds) for row in rows if row.seeds})
         shown = " or ".join(map(str, counts))
         notes.append(f"intervals: 95 %, Student's t over {shown} seeds, paired with {baseline} of the same seed")
+        alone = [row.arm for row in rows if len(finished[row.arm].keys() & finished[baseline].keys()) == 1]
+        if alone:
+            notes.append(
+                f"{', '.join(alone)}: one seed to compare, so the intervals are over held-out samples and steps"
+            )
     else:
         notes.append(
             "intervals: 95 %, one seed: bootstrap over held-out samples, of speed over steps; they say nothing about "

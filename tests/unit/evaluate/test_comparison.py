@@ -126,6 +126,7 @@ def test_failures_are_named_and_the_rest_is_compared():
     assert lora.speed_ratio.value == 1.0, "from the one seed that both have"
     assert ia3.failed == {0: "no room"} and ia3.seeds == [] and ia3.score is None
     assert "full: without seed 1, which failed" in found.notes
+    assert any(note.startswith("full, lora: one seed to compare") for note in found.notes)
 
 
 def test_without_the_baseline_nothing_is_relative():
