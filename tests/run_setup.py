@@ -55,6 +55,6 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers(record: dict) -> dict:
-    """A line of history without the times."""
-    timed = ("seconds", "data_wait", "per_second")
+    """A line of history without times and memory."""
+    timed = ("seconds", "data_wait", "per_second", "memory")
     return {key: value for key, value in record.items() if not key.endswith(timed)}

@@ -51,6 +51,7 @@ NOT_FINGERPRINTED = (
     ("checkpoint", "patience"),
     ("stability",),  # says what to do about a failure, so that a run can go on after one
     ("evaluate", "gallery"),
+    ("evaluate", "samples_every"),
     ("evaluate", "batch_size"),
 )
 

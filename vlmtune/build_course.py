@@ -78,6 +78,15 @@ def build_settings(config: Config, sizes: Sequence[int | None], precision: Preci
     )
 
 
+def samples_every(config: Config, sizes: Sequence[int | None]) -> int | None:
+    """Steps between two times that the samples of the run page are asked for; None: whenever there is an evaluation."""
+    wish = config.evaluate.samples_every
+    if wish is None:
+        return None
+    steps = Length.parse(wish).steps(config.train.batch_size, epoch_of(sizes), total_steps(config, sizes))
+    return max(1, steps)
+
+
 def build_recovery(config: Config) -> Recovery:
     wish = config.stability
     return Recovery(wish.nonfinite, wish.spikes, wish.limit or 10, 0.5 if wish.lr_factor is None else wish.lr_factor)

@@ -57,6 +57,17 @@ def train(
             run(wish, console, restart, stop=stop, check=check)
 
 
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="a run folder, or a chain of stages; finished or not")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="on localhost; 0: any that is free")] = 8765,
+) -> None:
+    """Show the page of a run on localhost, refreshed while it goes on. Ctrl-C ends it, not the run."""
+    from vlmtune.watch import watch as serve
+
+    serve(run, port, console)
+
+
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="a run folder")],

@@ -34,8 +34,10 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.loader import Steps
 from vlmtune.data.sources import SampleSource
 from vlmtune.data.survey import longest_rows
+from vlmtune.evaluate.evaluation import require_chosen
 from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
+from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import checkpoint_activations
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.optimizer import usable_here
@@ -96,6 +98,9 @@ def prepare(
     sources, groups = fitted.sources, fitted.groups
     for line in describe_surveys(config, fitted):
         console.print(f"data: {line}", highlight=False, markup=False)
+    if config.evaluate.metrics:
+        limits = {None, config.evaluate.limit} if config.evaluate.every else {None}
+        require_chosen(config.evaluate.metrics, groups, list(readouts_of(model) or []), limits)
     precision = resolve_precision(config.train.precision, device)
     settings = build_settings(config, [source.size for source in sources], precision)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)

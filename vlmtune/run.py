@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from rich.console import Console
 from vlmtune import __version__
 from vlmtune.adapt.memory import PeakMeter
 from vlmtune.build import best_device, changes, count_samples, fingerprint_tree, step_loader
-from vlmtune.build_course import build_optimizer, build_recovery, build_tower, lr_scaling
+from vlmtune.build_course import build_optimizer, build_recovery, build_tower, lr_scaling, samples_every
 from vlmtune.checkpoint import (
     TrainState,
     checkpoint_folders,
@@ -42,15 +43,17 @@ from vlmtune.evaluate.choices import ChoiceRule
 from vlmtune.evaluate.evaluation import Evaluation, evaluate
 from vlmtune.failure import investigator
 from vlmtune.interrupt import StopRequest
+from vlmtune.observe.health import Health, used_bytes
 from vlmtune.observe.log import History, ProgressLine, TensorBoard, duration
 from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
 from vlmtune.observer import Observer
-from vlmtune.outcome import evaluation_record, gallery, metrics_table, summarise
+from vlmtune.outcome import evaluation_record, metrics_table, summarise
 from vlmtune.paths import alone_in, require_folder, write_text
 from vlmtune.prepare import Prepared, prepare, probe_of
 from vlmtune.probe import require_same_losses
+from vlmtune.samples import Gallery, SampleWriter
 from vlmtune.sealed import finite, read_json
 from vlmtune.start import (
     MemoryReport,
@@ -141,20 +144,37 @@ def _train(
         require_best(config.checkpoint.best, measured.metrics)
         write_text(before_file, json.dumps(finite(evaluation_record(measured))))
 
+    wish = config.evaluate
+    gallery = Gallery(made.groups, wish.limit, wish.gallery if wish.generate else 0)
+    gallery.write(folder, gallery.recorded(read_before(before_file)))
+
     meter = PeakMeter(device, held_bytes(made.model))
     by_source = count_samples(steps.order, sources)
-    history = History(folder / "history.jsonl", settings.log_every, from_step, by_source)
+    memory = partial(used_bytes, device)
+    history = History(folder / "history.jsonl", settings.log_every, from_step, by_source, memory)
     board = TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source)
     progress = ProgressLine(console, settings.total_steps, settings.log_every)
+    samples = SampleWriter(
+        gallery, made.model, made.encoder, history, console, samples_every(config, [source.size for source in sources]),
+        wish.max_new_tokens, wish.batch_size, settings.precision,
+    )  # fmt: skip
+    optimizer = build_optimizer(config, made.plan, made.objective, device)
+    told = [
+        history, board, progress, samples, PageWriter(folder, every_seconds=20),
+        MemoryReport(made.predictions[0].predicted, meter, console, folder / "memory.json", checkpoint is not None),
+        *observers,
+    ]  # fmt: skip
+
+    def evaluated(step: int) -> dict[str, float]:
+        measured = measure(config, made, wish.limit)
+        samples.take(step, measured.scored)
+        return measured.metrics
+
     trainer = Trainer(
-        made.model, made.plan, made.objective, build_optimizer(config, made.plan, made.objective, device),
+        made.model, made.plan, made.objective, optimizer,
         step_loader(steps, config.data.workers), settings, folder / "checkpoints", fingerprint, device,
-        [
-            history, board, progress, PageWriter(folder, every_seconds=20),
-            MemoryReport(made.predictions[0].predicted, meter, console, folder / "memory.json", checkpoint is not None),
-            *observers,
-        ],
-        (lambda step: measure(config, made, config.evaluate.limit).metrics) if made.groups else None,
+        [*told, Health(told, optimizer, settings.rates, settings.total_steps, settings.phases(), device)],
+        evaluated if made.groups else None,
         steps.order if isinstance(steps.order, TemperatureOrder) else None,
         build_recovery(config), probe_of(steps), [history.path, history.gradients], stop,
         build_tower(made.model, config),
@@ -170,7 +190,7 @@ def _train(
             state = trainer.fit()
         if state.stopped:
             console.print(f"stopped early at step {state.step}: {state.stopped}", highlight=False, markup=False)
-        return finish(config, made, state, folder, console, (history, board))
+        return finish(config, made, state, folder, console, (history, board), gallery)
     finally:
         board.close()
 
@@ -194,7 +214,7 @@ def open_folder(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "assignment.json", json.dumps(made.plan.rows, indent=1))  # first: it marks a run folder
     write_text(folder / "config.yaml", dump_config(config))
-    environ = environment(made.settings.precision, device) | {"checked": checked}
+    environ = environment(made.settings.precision, device) | {"checked": checked, "steps": made.settings.total_steps}
     write_text(folder / "environment.json", json.dumps(environ, indent=1))
     for name, text in changed.items():
         write_text(folder / name, text)
@@ -215,14 +235,20 @@ def measure(config: Config, made: Prepared, limit: int | None) -> Evaluation:
     return evaluate(
         made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
-        choices=ChoiceRule(wish.choices, wish.alpha),
+        choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics,
     )  # fmt: skip
 
 
 def finish(
-    config: Config, made: Prepared, state: TrainState, folder: Path, console: Console, told: Sequence[Observer]
+    config: Config,
+    made: Prepared,
+    state: TrainState,
+    folder: Path,
+    console: Console,
+    told: Sequence[Observer],
+    gallery: Gallery,
 ) -> dict:
-    """Evaluate what was trained, and write the summary, the samples and the report. told: of this evaluation."""
+    """Evaluate what was trained, and write the samples, the summary and the report. told: of this evaluation."""
     after = None
     if made.groups:
         console.print("evaluation after training …")
@@ -234,9 +260,9 @@ def finish(
     before = read_before(folder / "before.json")
     by_source = count_samples(made.steps.order, made.sources)
     summary = summarise(before, after, state, made.settings.total_steps, by_source(state.samples))
-    write_text(folder / "summary.json", json.dumps(finite(summary), indent=1))
     if after is not None:
-        write_text(folder / "samples.json", json.dumps(gallery(folder, before, after, config.evaluate.gallery)))
+        gallery.write(folder, gallery.recorded(before), gallery.answers(after.scored))
+    write_text(folder / "summary.json", json.dumps(finite(summary), indent=1))  # last: it says that the run is finished
     page = write_page(folder)
     if summary["metrics"]:
         console.print(metrics_table(summary["metrics"]))

@@ -30,6 +30,7 @@ from vlmtune.models.quantise import stored_bytes
 from vlmtune.models.vocabulary import NewTokens
 from vlmtune.observer import Observer
 from vlmtune.optim.precision import Precision, autocast
+from vlmtune.paths import write_text
 from vlmtune.trainer import Settings
 from vlmtune.types import Batch, Finding, VlmtuneError
 
@@ -274,7 +275,7 @@ class MemoryReport(Observer):
             self.record = self._of_first_step(peak)
         elif peak is None or peak <= self.record["highest"]:
             return
-        self.file.write_text(json.dumps(self.record | {"highest": peak}, indent=1))
+        write_text(self.file, json.dumps(self.record | {"highest": peak}, indent=1))
         self.record["highest"] = peak
 
     def _of_first_step(self, measured: int | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vlmtune.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from vlmtune.checks.during import GradientWatch, LossWatch, StartWatch, Watch, judge_overflow
+from vlmtune.checks.during import GradientWatch, LossWatch, Watch, judge_overflow
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.batchnorm import SharedTower
@@ -42,6 +42,7 @@ from vlmtune.optim.unfreeze import set_active
 from vlmtune.probe import Probe
 from vlmtune.recovery import NonFinite, Recovery, Snapshot
 from vlmtune.schedule import Rate
+from vlmtune.soundness import Soundness
 from vlmtune.step import StepLosses, TrainingModule
 from vlmtune.types import Batch, Finding, VlmtuneError
 
@@ -139,19 +140,19 @@ class Trainer:
         self.module = TrainingModule(VLM(model), objective)
         self.steps, self.settings, self.folder, self.fingerprint = steps, settings, folder, fingerprint
         self.device, self.observers, self.evaluate = device, observers, evaluate
-        self.sampling, self.recovery, self.probe, self.companions = sampling, recovery, probe, companions
+        self.sampling, self.recovery, self.companions = sampling, recovery, companions
         self.stop, self.tower, self.investigate = stop or StopRequest(), tower, investigate
         self.groups = plan.groups()
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
-        self.watch, self.start, self.gradients = LossWatch(), StartWatch(), GradientWatch()
+        self.watch, self.gradients = LossWatch(), GradientWatch()
+        self.soundness = Soundness(probe, model, plan.parameters.values(), settings.precision)
         self.statistics = GradientStatistics(plan.parameters)
         self.history: deque[Past] = deque(maxlen=HISTORY)
         self._phases = settings.phases()
         self._buffers = trained_buffers(model, plan)
         self._rows = embedding_rows(model)
         self._saved_step: int | None = None
-        self._probed: list[float] | None = None  # losses of the stored samples, with the weights as they are
 
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where `checkpoint` was written."""
@@ -163,7 +164,7 @@ class Trainer:
                 point(self.folder / "best", written)
 
     def _load(self, checkpoint: Path) -> None:
-        self._probed = None
+        self.soundness.forget()
         step = read_state(checkpoint)["state"]["step"]
         self._activate(max(0, step - 1))  # as when it was written, so that every state in it has its parameter
         self.state = load_checkpoint(
@@ -190,8 +191,8 @@ class Trainer:
             try:
                 self._activate(self.state.step)
                 set_training_mode(self.model)
-                if self.probe is not None and self.state.step == 0 and not self.start.has_begun:
-                    self.start.begin(self._losses_of(self.probe))
+                if self.state.step == 0:
+                    self.soundness.begin()
                 if self.recovery.rewinds and not checkpoints(self.folder):
                     self.save()  # something to go back to
                 if self._evaluation_is_due() and self.state.step != self.state.evaluated:
@@ -244,7 +245,7 @@ class Trainer:
 
     def _attempt(self, micro_batches: list[Batch]) -> dict[str, Any]:
         """A step, or what takes its place: nothing for a batch that is left out."""
-        self._probed = None
+        self.soundness.forget()
         if self.state.step in self._phases:
             self._activate(self.state.step)
         if self.state.step in self.state.skipped:
@@ -262,7 +263,7 @@ class Trainer:
             if self.recovery.nonfinite != "skip":
                 raise
             self._require_patience(failure)
-            if self._is_ruined():  # then every batch would be left out
+            if self.soundness.is_ruined():  # then every batch would be left out
                 raise
             self.state.skipped.append(self.state.step)
             self._find("warn", "a step is not finite", f"{failure}".rstrip("."), "its batch is left out")
@@ -394,7 +395,7 @@ class Trainer:
             self.rewind(f"{failure}".rstrip("."))
             return
         said = f"{failure}" if failure.cause else f"{failure} {failure.remedy}"
-        if self._is_ruined():
+        if self.soundness.is_ruined():
             raise VlmtuneError(f"{said} {self._ruined()}")
         if self._saved_step != self.state.step:
             self.save()  # everything needed to go on
@@ -413,13 +414,15 @@ class Trainer:
         """Watch the loss, and now and then the stored samples; returns whether the run went back because of it."""
         if "loss" not in metrics:
             return False
-        if self.recovery.nonfinite == "rewind" and self._probe_is_due() and self._is_ruined():
+        if self.recovery.nonfinite == "rewind" and self._probe_is_due() and self.soundness.is_ruined():
             said = f"step {self.state.step}: {NOTHING_FINITE}"
             self.state.step -= 1  # the step that is left out when it comes again
             self._require_patience(VlmtuneError(f"{said};"))
             self.rewind(said)
             return True
-        finding = self.watch.observe(metrics["loss"]) or self._compare_with_start()
+        finding = self.watch.observe(metrics["loss"])
+        if finding is None and self._probe_is_due():
+            finding = self.soundness.compare()
         if finding is None:
             return False
         if self.recovery.spikes == "warn":
@@ -430,22 +433,10 @@ class Trainer:
         self.rewind(f"step {self.state.step + 1}: {finding.what}, {finding.evidence}")
         return True
 
-    def _compare_with_start(self) -> Finding | None:
-        if self.probe is None or not self._probe_is_due():
-            return None
-        return self.start.observe(self._losses_of(self.probe))
-
     def _probe_is_due(self) -> bool:
         """After steps 1, 2, 4, 8, … (a rate that is too high ruins a model in its first steps), and before checkpoints,
         which hold these losses anyway."""
         return self.state.step & (self.state.step - 1) == 0 or self._checkpoint_is_due()
-
-    def _is_ruined(self) -> bool:
-        """Whether the weights answer nothing finite, or are not finite themselves: no batch is to blame then."""
-        if self.start.is_telling and not all(math.isfinite(loss) for loss in self._losses_of(self.probe)):
-            return True
-        norms = torch._foreach_norm([p.detach() for p in self.plan.parameters.values()])
-        return not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
 
     def _ruined(self) -> str:
         """What is left of a run whose weights are ruined, and what helps."""
@@ -462,7 +453,7 @@ class Trainer:
 
         Raises VlmtuneError where there is no next step.
         """
-        if not self._is_ruined():
+        if not self.soundness.is_ruined():
             self.save()
             return True
         said = f"step {self.state.step}: {NOTHING_FINITE}"
@@ -470,12 +461,6 @@ class Trainer:
             raise VlmtuneError(f"{said}. {self._ruined()}")
         self._find("warn", "no checkpoint is written", said, "lower the learning rates: the weights are ruined")
         return False
-
-    def _losses_of(self, probe: Probe) -> list[float]:
-        if self._probed is None:
-            self._probed = probe.losses(self.model, self.settings.precision)
-            set_training_mode(self.model)
-        return self._probed
 
     def rewind(self, why: str) -> None:
         """Go back to the newest whole checkpoint with lower learning rates; the step at hand is left out when it comes
@@ -585,12 +570,13 @@ class Trainer:
 
     def _watches(self) -> dict[str, Watch]:
         """By their names in a checkpoint."""
-        return {"watch": self.watch, "start": self.start, "gradients": self.gradients}
+        return {"watch": self.watch, "start": self.soundness.watch, "gradients": self.gradients}
 
     def _recorded(self) -> Recorded | None:
-        if self.probe is None:
+        probe = self.soundness.probe
+        if probe is None:
             return None
-        return Recorded(self.probe, self._losses_of(self.probe), self.settings.precision, self.companions)
+        return Recorded(probe, self.soundness.losses(), self.settings.precision, self.companions)
 
     def _tell(self, event: str, *told: dict[str, Any]) -> None:
         for observer in self.observers:

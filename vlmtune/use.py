@@ -117,7 +117,7 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     result = evaluate(
         loaded.model, loaded.encoder, groups, limit=None, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=loaded.precision,
-        choices=ChoiceRule(wish.choices, wish.alpha),
+        choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics,
     )  # fmt: skip
     nested: dict[str, dict] = {}
     for name, value in result.metrics.items():

@@ -1,11 +1,13 @@
-"""The token view as a browser shows it: needs Chromium or Chrome, and is skipped where there is none."""
+"""The token view and the run page as a browser shows them: needs Chromium or Chrome, skipped where there is none."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlmtune.cli import app
+from vlmtune.observe.page import write_page
+from vlmtune.watch import server_of
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -104,3 +108,97 @@ def test_the_box_is_drawn_where_it_is(page, tmp_path):
     (canvas,) = (a["viewbox"].split() for _, a in Facts(page.read_text()).tags if a.get("class") == "picture")
     shares = (BOX[2] - BOX[0]) / 80, (BOX[3] - BOX[1]) / 60
     assert drawn == pytest.approx(shares[0] * int(canvas[2]) / (shares[1] * int(canvas[3])), rel=0.05)
+
+
+# ---- the run page --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run in progress whose names, questions and replies are attacks, with answers on the way."""
+    folder = tmp_path / "run"
+    (folder / "images").mkdir(parents=True)
+    (folder / "assignment.json").write_text("[]")
+    Image.new("RGB", (80, 60), "white").save(folder / "images/000.png")
+    words = {"group": HOSTILE, "task": "vqa", "question": HOSTILE, "reference": "red", "before": HOSTILE, "after": None}
+    boxes = {"boxes_true": [BOX], "boxes_before": [], "width": 80, "height": 60}
+    (folder / "samples.json").write_text(json.dumps([{"image": "images/000.png"} | words | boxes]))
+    start = [{"level": "pass", "what": HOSTILE, "evidence": HOSTILE, "remedy": ""}]
+    (folder / "start.json").write_text(json.dumps(start))
+    lines = [
+        *({"kind": "train", "step": n, "loss": 3.0 / n, "loss_by_task": {HOSTILE: 1.0 / n}} for n in range(1, 30)),
+        *({"kind": "samples", "step": n, "answers": [{"reply": HOSTILE, "boxes": [BOX]}]} for n in (10, 20)),
+        {"kind": "finding", "step": 9, "level": "fail", "what": HOSTILE, "evidence": "word " * 60, "remedy": HOSTILE},
+    ]
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_run_page_is_what_the_browser_reads(run, tmp_path):
+    facts = Facts(browse(write_page(run), tmp_path / "profile", "--dump-dom"))
+    assert facts.title == "run · vlmtune"
+    assert not [tag for tag, _ in facts.tags if tag in ("script", "img")]
+    sections = [a["id"] for tag, a in facts.tags if tag == "section"]
+    assert sections == ["findings", "pictures", "curves"]
+    links = [a["href"] for tag, a in facts.tags if tag == "a"]
+    assert links == [f"#{name}" for name in sections]
+    assert [a["href"] for tag, a in facts.tags if tag == "use"] == ["#picture-1"]
+
+
+def test_the_run_page_fits_a_phone(run, tmp_path):
+    """Nothing is wider than the window: measured by the browser, in a frame as wide as a phone."""
+    write_page(run)
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe id="f" src="{(run / "report.html").as_uri()}" width="360" height="800"></iframe><pre id="o"></pre>'
+        "<script>f.onload = () => { const d = f.contentDocument.documentElement;"
+        'o.textContent = "wide " + d.scrollWidth + " of " + d.clientWidth; }</script>'
+    )
+    dom = browse(
+        frame, tmp_path / "profile", "--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=3000"
+    )
+    wide, window = (int(n) for n in re.search(r"wide (\d+) of (\d+)", dom).groups())
+    assert wide <= window
+
+
+def test_a_served_page_refreshes_itself_and_keeps_what_was_unfolded(run, tmp_path, monkeypatch):
+    """The script of `vlmtune watch` runs in the browser under the page's own policy: after a while the page has what
+    was written after it was opened."""
+    monkeypatch.setattr("vlmtune.watch.SECONDS", 0.2)
+    with server_of(run, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        asked = []
+        answer = server.RequestHandlerClass._send
+
+        def send(handler, status, html):
+            asked.append(handler.path)
+            if len(asked) == 1:  # somebody unfolds this before the next look
+                html = html.replace('<details class="passed"', '<details open class="passed"')
+            if len(asked) == 2:
+                with (run / "history.jsonl").open("a") as file:
+                    late = {
+                        "kind": "finding",
+                        "step": 29,
+                        "level": "warn",
+                        "what": "it came late",
+                        "evidence": "",
+                        "remedy": "",
+                    }
+                    file.write(json.dumps(late) + "\n")
+            return answer(handler, status, html)
+
+        monkeypatch.setattr(server.RequestHandlerClass, "_send", send)
+        address = f"http://localhost:{server.server_address[1]}/"
+        command = [
+            BROWSER,
+            *QUIET,
+            f"--user-data-dir={tmp_path / 'p'}",
+            "--virtual-time-budget=4000",
+            "--dump-dom",
+            address,
+        ]
+        dom = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+        server.shutdown()
+    assert asked.count("/") >= 3 and "it came late" in dom
+    assert [("open" in a) for tag, a in Facts(dom).tags if tag == "details"] == [True, False]
+    assert "owned" not in Facts(dom).title

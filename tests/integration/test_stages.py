@@ -61,8 +61,15 @@ def kill_in_export() -> None:
 
 
 def kill_in_finish() -> None:
-    """In a child process: SIGKILL between the summary of a run and its samples and page."""
-    run_module.gallery = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    """In a child process: SIGKILL between the summary of a run and its page."""
+    before = run_module.write_page
+
+    def and_die(folder):
+        if (folder / "summary.json").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(folder)
+
+    run_module.write_page = and_die
 
 
 def killed(path: Path, prepare) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmtune.checks.pace import WAITED
 from vlmtune.types import Finding
 
 Records = Sequence[Mapping[str, Any]]
@@ -22,7 +23,6 @@ FEW = 8  # records before a trend means something
 FELL, ROSE = 0.02, 0.10  # of the loss
 OVERFIT = 0.2  # above its lowest, while the training loss fell on
 SKIPPED = 0.05  # of the steps
-WAITED = 0.3  # of the time
 HUGE_WEIGHT = 1e3  # with inputs of 1, 66 such weights add up to more than float16 holds
 HUGE_GRADIENT = 1e3  # times the median over all tensors
 EIGHTHS = "▁▂▃▄▅▆▇█"

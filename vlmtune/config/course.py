@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from vlmtune.config.learning_rate import LrSchedule, require_effect
-from vlmtune.config.values import Beta, LengthValue, Name, RunLength, SomeLength, Strict
+from vlmtune.config.values import Beta, LengthValue, MetricName, Name, RunLength, SomeLength, Strict
+from vlmtune.evaluate.names import REGION_METRICS
 
 
 class Optim(Strict):
@@ -110,8 +111,36 @@ class Evaluate(Strict):
     limit: int | None = Field(None, ge=1, description="samples per source during training (before and after: all)")
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(64, ge=1)
+    metrics: dict[Name, Annotated[list[MetricName], Field(min_length=1)]] = Field(
+        default_factory=dict, description="task -> its metrics, instead of those it has by itself"
+    )
     choices: dict[Name, list[str]] = Field(
         default_factory=dict, description="task -> answers that are ranked by probability (a row's meta.choices first)"
     )
     alpha: float = Field(0.7, ge=0, le=1, description="choices are ranked by log p / tokens^alpha")
     gallery: int = Field(24, ge=0, description="held-out samples shown with pictures on the run page")
+    samples_every: SomeLength | None = Field(
+        None, description="steps, epochs or samples between two replies to those (default: at every evaluation)"
+    )
+
+    @model_validator(mode="after")
+    def _samples_are_generated(self) -> Evaluate:
+        idle = next(
+            (name for name, on in (("generate: false", not self.generate), ("gallery: 0", not self.gallery)) if on),
+            None,
+        )
+        if self.samples_every is not None and idle is not None:
+            raise ValueError(f"samples_every means nothing with {idle}")
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_can_be_measured(self) -> Evaluate:
+        for task, names in self.metrics.items():
+            if len(set(names)) < len(names):
+                raise ValueError(f"metrics.{task} names a metric twice")
+            replies = [name for name in names if name not in REGION_METRICS]
+            if replies and not self.generate:
+                raise ValueError(
+                    f"metrics.{task}: {replies[0]} is measured on generated replies; set generate: true, or take it out"
+                )
+        return self

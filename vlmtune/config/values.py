@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.evaluate.names import require_metric
 from vlmtune.schedule import Length, piecewise
 
 
@@ -60,6 +61,7 @@ _LENGTH = "write a number of steps, or a text such as 2 epochs"
 ScheduleValue = Annotated[float | list[tuple[float, float]], read_by(number_or_pairs(piecewise), _PAIRS)]
 LengthValue = Annotated[str | float, read_by(Length.parse, _LENGTH)]
 Name = Annotated[str, checked(_parts_of_metrics)]
+MetricName = Annotated[str, checked(require_metric)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SomeLength = Annotated[str | float, read_by(Length.parse_positive, _LENGTH)]

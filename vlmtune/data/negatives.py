@@ -188,7 +188,9 @@ def negative(sample: Sample, kind: NegativeKind, names: Mapping[str, str], verif
         question = _renamed(user, asked, name)
         answer = ABSENT
     before = sample.turns[:1] if sample.turns[0].role == "system" else ()
-    meta = {**sample.meta, "answer": answer, "boxes": [list(box) for box in boxes], "negative": kind}
+    # what else is right, or could be, was said about the question of the sample
+    meta = {name: value for name, value in sample.meta.items() if name not in ("answers", "choices")}
+    meta |= {"answer": answer, "boxes": [list(box) for box in boxes], "negative": kind}
     turns = (*before, Turn("user", question), Turn("assistant", (Text(answer),)))
     return replace(sample, id=f"{sample.id}/{kind}", task=f"{sample.task}_{kind}", turns=turns, meta=meta)
 

@@ -9,7 +9,8 @@ import torch
 
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
-from vlmtune.evaluate.metrics import normalised, reference_text
+from vlmtune.evaluate.metrics import reference_text
+from vlmtune.evaluate.text import normalised
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.vlm import VLM
 from vlmtune.types import Sample, Text, Turn, VlmtuneError

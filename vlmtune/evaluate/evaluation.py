@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,13 +12,14 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.sources import SampleSource
 from vlmtune.evaluate.choices import ChoiceRule, choice_metrics
 from vlmtune.evaluate.generate import generate_replies
-from vlmtune.evaluate.metrics import score_task
+from vlmtune.evaluate.metrics import require_readouts, require_scorable, score_task
+from vlmtune.evaluate.names import REGION_METRICS
 from vlmtune.evaluate.regions import region_scores
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM
 from vlmtune.optim.precision import Precision, autocast
-from vlmtune.types import Box, Sample
+from vlmtune.types import Box, Sample, VlmtuneError
 
 
 @dataclass
@@ -63,27 +64,63 @@ def evaluate(
     max_new_tokens: int | None,
     precision: Precision = "fp32",
     choices: ChoiceRule = ChoiceRule({}),  # noqa: B008  frozen
+    chosen: Mapping[str, Sequence[str]] | None = None,
 ) -> Evaluation:
     """Loss on every group, and replies scored by task unless `max_new_tokens` is None.
 
-    limit: samples per source; precision: of the products, as in training; choices: which samples are multiple choice.
+    limit: samples per source; precision: of the products, as in training; choices: which samples are multiple choice;
+    chosen: task -> the metrics it has instead of `names.task_metrics` and those of regions.
     The model must be in eval mode; the loss is the mean over supervised tokens. A model with read-outs is scored on
-    regions as well ("head_iou", "mask_iou").
+    regions as well (`names.REGION_METRICS`). Raises VlmtuneError for a sample that a metric cannot score.
     """
     with autocast(precision, next(model.parameters()).device):
-        return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens, choices)
+        return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens, choices, chosen or {})
+
+
+def require_chosen(
+    chosen: Mapping[str, Sequence[str]],
+    groups: Mapping[str, Sequence[SampleSource]],
+    readouts: Collection[str],
+    limits: Collection[int | None],
+) -> None:
+    """Read the held-out samples and refuse what could not be measured, before anything is trained.
+
+    chosen: task -> metrics; readouts: names of the model's; limits: of samples per source, as evaluations will have.
+    Raises VlmtuneError for a task that no sample has, and for what `require_scorable` and `require_readouts` refuse.
+    """
+    held_out = {
+        group: [[source[n] for n in range(_count(source, None))] for source in sources]
+        for group, sources in groups.items()
+    }
+    tasks = {sample.task for sources in held_out.values() for samples in sources for sample in samples}
+    for task, names in chosen.items():
+        if task not in tasks:
+            there = ", ".join(sorted(tasks)) or "none"
+            raise VlmtuneError(
+                f"evaluate.metrics.{task}: no sample of data.eval has this task (there is {there}); correct the name "
+                "or take it out."
+            )
+        for sources in held_out.values():
+            for limit in limits:
+                mine = [sample for samples in sources for sample in samples[:limit] if sample.task == task]
+                if mine:
+                    require_scorable(task, names, mine)
+                    require_readouts(task, names, mine, readouts)
 
 
 def _evaluate(
-    model, encoder: Encoder, groups, limit, batch_size: int, max_new_tokens: int | None, choices: ChoiceRule
-) -> Evaluation:
+    model, encoder: Encoder, groups, limit, batch_size: int, max_new_tokens: int | None, choices: ChoiceRule,
+    chosen: Mapping[str, Sequence[str]],
+) -> Evaluation:  # fmt: skip
     metrics: dict[str, float] = {}
     scored: list[Scored] = []
     every: list[SampleLoss] = []
     for group, sources in groups.items():
         samples = [source[i] for source in sources for i in range(_count(source, limit))]
         losses, regions = _teacher_forced(model, encoder, samples, batch_size)
-        metrics |= {f"{group}/{name}": value for name, value in regions.items()}
+        for (task, metric), value in regions.items():
+            if metric in chosen.get(task, REGION_METRICS):
+                metrics[f"{group}/{task}/{metric}"] = value
         every += [
             SampleLoss(group, sample.id, sample.task, *loss) for sample, loss in zip(samples, losses, strict=True)
         ]
@@ -106,7 +143,7 @@ def _evaluate(
             rows = [n for n, sample in enumerate(samples) if sample.task == task]
             result = score_task(
                 task, [replies[n] for n in rows], [samples[n] for n in rows], [boxes[n] for n in rows],
-                encoder.coordinates.without_places,
+                encoder.coordinates.without_places, chosen.get(task),
             )  # fmt: skip
             metrics |= {f"{group}/{task}/{metric}": value for metric, value in result.items()}
     return Evaluation({"loss": mean_loss(every), **metrics}, scored, every)
@@ -124,11 +161,11 @@ def _count(source: SampleSource, limit: int | None) -> int:
 
 def _teacher_forced(
     model, encoder: Encoder, samples: list[Sample], batch_size: int
-) -> tuple[list[tuple[float, int]], dict[str, float]]:
-    """(sum of token losses, supervised tokens) of every sample; and "task/metric" -> mean over regions, where there
+) -> tuple[list[tuple[float, int]], dict[tuple[str, str], float]]:
+    """(sum of token losses, supervised tokens) of every sample; and (task, metric) -> value over regions, where there
     are read-outs."""
     vlm, readouts = VLM(model), readouts_of(model)
-    scores: dict[str, list[float]] = {}
+    scores: dict[tuple[str, str], tuple[float, float]] = {}
     sums: list[tuple[float, int]] = []
     for start in range(0, len(samples), batch_size):
         encoded = [encoder.encode(sample) for sample in samples[start : start + batch_size]]
@@ -138,6 +175,9 @@ def _teacher_forced(
         for row in range(len(batch.tasks)):
             mine = losses[states.row == row]
             sums.append((float(mine.sum()), len(mine)))
-        for task, metric, value in [] if readouts is None else region_scores(states.sequence, readouts, batch):
-            scores.setdefault(f"{task}/{metric}", []).append(value)
-    return sums, {name: sum(values) / len(values) for name, values in sorted(scores.items())}
+        if readouts is not None:
+            for one in region_scores(states.sequence, readouts, batch, [sample.geometry for sample in encoded]):
+                value, weight = scores.get((one.task, one.metric), (0.0, 0.0))
+                scores[one.task, one.metric] = (value + one.value, weight + one.weight)
+    # nothing was covered and nothing said to be: as in a single region, that is right
+    return sums, {name: value / weight if weight else 1.0 for name, (value, weight) in sorted(scores.items())}

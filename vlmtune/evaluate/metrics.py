@@ -1,113 +1,32 @@
-"""Scores of replies against references: functions on strings and boxes, no model in sight (SPEC H3, PAINS 23).
+"""The metrics of a task: replies and boxes of a model against what samples say is right (SPEC H3, PAINS 23).
 
-A function named after a metric scores one sample and returns a float in [0, 1]; `box_scores` and `score_task` average
-over samples. What "no answer" scores is defined everywhere: nothing asked and nothing said is 1, one of the two is 0.
+A metric is a function of all samples of a task, because some (BLEU, CIDEr) are not means over them. What "no answer"
+scores is defined everywhere: docs/guide/evaluate.md has it in one table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
-from scipy.optimize import linear_sum_assignment
-
+from vlmtune.evaluate.boxes import box_scores
+from vlmtune.evaluate.cider import cider
+from vlmtune.evaluate.names import BOX_METRICS, REGION_METRICS, TASK_METRICS, task_metrics
+from vlmtune.evaluate.text import (
+    LIBRARIES,
+    anls,
+    bleu,
+    caption_f1,
+    chrf,
+    exact_match,
+    library,
+    normalised,
+    rouge_l,
+)
+from vlmtune.evaluate.vqa import ANNOTATORS, vqa_accuracy
 from vlmtune.types import Box, Boxes, Points, Sample, Text, Turn, VlmtuneError
 
-ANLS_THRESHOLD = 0.5
-
-_BOX_METRICS = ("mean_iou", "acc_50")
-_TASK_METRICS = {
-    "caption": ("f1", "exact_match"),
-    "vqa": ("exact_match",),
-    "ocr": ("anls", "exact_match"),
-    "grounding": _BOX_METRICS,
-    "referring": ("accuracy",),
-}
-
-
-def normalised(text: str) -> str:
-    """Runs of whitespace become one space, ends are trimmed; case and punctuation stay."""
-    return " ".join(text.split())
-
-
-def exact_match(prediction: str, reference: str) -> float:
-    """1.0 when the two agree up to whitespace. Case counts: the format of an answer is part of what is learned."""
-    return float(normalised(prediction) == normalised(reference))
-
-
-def anls(prediction: str, references: Sequence[str], threshold: float = ANLS_THRESHOLD) -> float:
-    """Average normalised Levenshtein similarity of one sample: the best over its accepted answers.
-
-    1 - NL where NL = edits / longer length, and 0 when NL >= threshold; case and whitespace do not count.
-    Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019, eq. 1; DocVQA uses the same.
-    """
-    return max((_levenshtein_similarity(prediction, reference, threshold) for reference in references), default=0.0)
-
-
-def levenshtein(a: str, b: str) -> int:
-    """The fewest insertions, deletions and substitutions of one character that turn `a` into `b`."""
-    if len(a) < len(b):
-        a, b = b, a
-    row = list(range(len(b) + 1))
-    for i, from_a in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, from_b in enumerate(b, start=1):
-            substituted = diagonal + (from_a != from_b)
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, substituted)
-    return row[-1]
-
-
-def caption_f1(prediction: str, reference: str) -> float:
-    """F1 between two sets of items, "hospital top left; factory bottom left"; both sets empty is 1.0."""
-    said, true = _items(prediction), _items(reference)
-    if not said and not true:
-        return 1.0
-    return 2 * len(said & true) / (len(said) + len(true))
-
-
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes in the same pixels; 0.0 when neither has an area."""
-    across = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    down = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    shared = across * down
-    union = _area(a) + _area(b) - shared
-    return shared / union if union > 0 else 0.0
-
-
-def match_boxes(predicted: Sequence[Box], target: Sequence[Box]) -> list[tuple[int, int, float]]:
-    """One-to-one pairs (index in `predicted`, index in `target`, IoU) with the largest total IoU (Hungarian method).
-
-    min(len(predicted), len(target)) pairs; pairs that do not overlap are in it, with 0.0.
-    """
-    if not predicted or not target:
-        return []
-    overlaps = np.array([[iou(p, t) for t in target] for p in predicted])
-    rows, columns = linear_sum_assignment(overlaps, maximize=True)
-    return [(int(row), int(column), float(overlaps[row, column])) for row, column in zip(rows, columns, strict=True)]
-
-
-def box_scores(predicted: Sequence[Sequence[Box]], target: Sequence[Sequence[Box]]) -> dict[str, float]:
-    """{"mean_iou", "acc_50"} averaged over samples; one list of boxes per sample, both in the same pixels.
-
-    Of one sample: the matched IoUs, or the number of them >= 0.5, divided by max(predicted, targets), so that a missing
-    and a surplus box both cost; 1.0 when there are neither.
-    """
-    _refuse_unequal(len(predicted), len(target))
-    mean_iou, acc_50 = [], []
-    for said, true in zip(predicted, target, strict=True):
-        overlaps = [overlap for _, _, overlap in match_boxes(said, true)]
-        count = max(len(said), len(true))
-        mean_iou.append(sum(overlaps) / count if count else 1.0)
-        acc_50.append(sum(overlap >= 0.5 for overlap in overlaps) / count if count else 1.0)
-    return {"mean_iou": _mean(mean_iou), "acc_50": _mean(acc_50)}
-
-
-def task_metrics(task: str) -> tuple[str, ...]:
-    """The metrics `score_task` reports, the telling one first. An unknown task is compared as text.
-
-    An unknown task gets "mean_iou" and "acc_50" as well where its reference replies hold boxes.
-    """
-    return _TASK_METRICS.get(task, ("exact_match",))
+Corpus = Callable[[Sequence[str], Sequence[Sequence[str]]], float]  # of predictions, and the references of each
+READ_BY = {"head_iou": "box", "mask_iou": "mask", "mask_oiou": "mask"}  # metric -> read-out
 
 
 def score_task(
@@ -116,34 +35,96 @@ def score_task(
     samples: Sequence[Sample],
     boxes: Sequence[Sequence[Box]],
     without_places: Callable[[str], str],
+    chosen: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """{metric: mean over samples} of one task.
+    """{metric: value over all samples} of one task.
 
     predictions: generated replies, one per sample; boxes: what was parsed from them, in original pixels;
-    without_places: takes boxes and points out of a reply (`Coordinates.without_places`).
-    The reference is the last assistant turn of a sample. ValueError: no samples, or lists of different lengths;
-    VlmtuneError: a sample without an assistant turn.
+    without_places: takes boxes and points out of a reply (`Coordinates.without_places`); chosen: the metrics, those of
+    read-outs among them left out (None: what `task_metrics` says).
+    The reference is the last assistant turn of a sample; of text metrics its `accepted_answers`. ValueError: no
+    samples, or lists of different lengths; VlmtuneError: a sample that cannot be scored.
     """
     _refuse_unequal(len(predictions), len(samples), len(boxes))
     turns = [_reference_turn(sample) for sample in samples]
     targets = [_target_boxes(turn) for turn in turns]
-    scores = {}
-    for metric in task_metrics(task):
-        if metric in _TEXT_METRICS:
-            score = _TEXT_METRICS[metric]
-            pairs = zip(predictions, turns, strict=True)
-            scores[metric] = _mean(
-                [
-                    score(without_places(said) if _has_places(turn) else said, reference_text(turn))
-                    for said, turn in pairs
-                ]
-            )
+    names = task_metrics(task) if chosen is None else [name for name in chosen if name not in REGION_METRICS]
+    require_scorable(task, names, samples)
+    said = [
+        without_places(reply) if _has_places(turn) else reply for reply, turn in zip(predictions, turns, strict=True)
+    ]
+    accepted = [accepted_answers(sample) for sample in samples]
+    scores = {name: _TEXT[name](said, accepted) for name in names if name in _TEXT}
     if task == "grounding":
-        scores |= _grounding_scores(predictions, turns, boxes, targets)
-    elif task not in _TASK_METRICS and any(targets):
-        with_boxes = [(said, true) for said, true in zip(boxes, targets, strict=True) if true]
-        scores |= box_scores([said for said, _ in with_boxes], [true for _, true in with_boxes])
-    return scores
+        on_boxes = _grounding_scores(predictions, turns, boxes, targets)
+    elif any(targets):
+        with_boxes = [(found, true) for found, true in zip(boxes, targets, strict=True) if true]
+        on_boxes = box_scores([found for found, _ in with_boxes], [true for _, true in with_boxes])
+    else:
+        on_boxes = {}
+    if chosen is None and task not in TASK_METRICS:
+        return scores | on_boxes
+    return scores | {name: on_boxes[name] for name in names if name in BOX_METRICS}
+
+
+def require_scorable(task: str, names: Sequence[str], samples: Sequence[Sample]) -> None:
+    """Raises VlmtuneError where these metrics cannot be computed of these samples, whatever a model replies.
+
+    Metrics of read-outs need a model too: `require_readouts`.
+    """
+    for name in names:
+        if name in LIBRARIES:
+            library(name)
+    for sample in samples:
+        count = len(accepted_answers(sample))
+        if "vqa_accuracy" in names and ("answers" not in sample.meta or count != ANNOTATORS):
+            given = f"{count} of them" if "answers" in sample.meta else "none"
+            raise VlmtuneError(
+                f"{_where(sample)}: vqa_accuracy needs meta.answers, those of {ANNOTATORS} people, but there are "
+                f"{given}; add them, or choose exact_match or anls, which take any number."
+            )
+    if task != "grounding" and set(names) & set(BOX_METRICS) and not any(map(_has_target_boxes, samples)):
+        raise VlmtuneError(
+            f"{_few(names, BOX_METRICS)} of task {task!r} compares boxes, but no reply of its {len(samples)} held-out "
+            "samples has one; write boxes as typed parts, or take it out of evaluate.metrics."
+        )
+    if "cider" in names and len(samples) < 2:
+        raise VlmtuneError(
+            f"cider of task {task!r} weighs words by how many samples use them, but there is only one held-out sample; "
+            "add some, or take it out of evaluate.metrics."
+        )
+
+
+def require_readouts(task: str, names: Sequence[str], samples: Sequence[Sample], readouts: Collection[str]) -> None:
+    """Raises VlmtuneError for a metric of read-outs that the model has not, or that nothing can be compared with."""
+    parts = [part for sample in samples for turn in sample.turns for part in turn.parts if isinstance(part, Boxes)]
+    found = {"box": any(part.boxes for part in parts), "mask": any(part.masks for part in parts)}
+    for name in names:
+        head = READ_BY.get(name)
+        if head is not None and head not in readouts:
+            remedy = "loss.referring" if head == "mask" else "loss.referring or loss.box: {read: head}"
+            raise VlmtuneError(f"{name} of task {task!r} needs a {head} head, but this run trains none; set {remedy}.")
+        if head is not None and not found[head]:
+            what = {"box": "boxes", "mask": "boxes with masks"}[head]
+            raise VlmtuneError(
+                f"{name} of task {task!r} needs {what}, but none of its {len(samples)} held-out samples has any; add "
+                "them, or take it out of evaluate.metrics."
+            )
+
+
+def accepted_answers(sample: Sample) -> list[str]:
+    """What counts as right: `meta.answers`, or else the text of the last assistant turn.
+
+    Raises VlmtuneError naming a sample whose `meta.answers` is no list of texts.
+    """
+    found = sample.meta.get("answers")
+    if found is None:
+        return [reference_text(_reference_turn(sample))]
+    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(text, str) for text in found):
+        raise VlmtuneError(
+            f"{_where(sample)}: meta.answers is a list of at least one text, all of them right, not {str(found)[:80]}."
+        )
+    return list(found)
 
 
 def reference_text(turn: Turn) -> str:
@@ -151,32 +132,39 @@ def reference_text(turn: Turn) -> str:
     return normalised("".join(part.text for part in turn.parts if isinstance(part, Text)))
 
 
-_TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
-    "exact_match": exact_match,
-    "accuracy": exact_match,
-    "f1": caption_f1,
-    "anls": lambda prediction, reference: anls(prediction, [reference]),
+def _mean_of(score: Callable[[str, Sequence[str]], float]) -> Corpus:
+    """Of a score of one sample."""
+
+    def corpus(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        return _mean([score(said, accepted) for said, accepted in zip(predictions, references, strict=True)])
+
+    return corpus
+
+
+def _best_of(score: Callable[[str, str], float]) -> Corpus:
+    """Of a score of one sample against one answer: the best over its accepted answers."""
+    return _mean_of(lambda said, accepted: max(score(said, reference) for reference in accepted))
+
+
+_TEXT: dict[str, Corpus] = {
+    "exact_match": _best_of(exact_match),
+    "accuracy": _best_of(exact_match),
+    "f1": _best_of(caption_f1),
+    "anls": _mean_of(anls),
+    "vqa_accuracy": _mean_of(vqa_accuracy),
+    "bleu": bleu,
+    "chrf": chrf,
+    "rouge_l": rouge_l,
+    "cider": cider,
 }
 
 
-def _levenshtein_similarity(prediction: str, reference: str, threshold: float) -> float:
-    a, b = normalised(prediction).lower(), normalised(reference).lower()
-    longer = max(len(a), len(b))
-    if longer == 0:
-        return 1.0
-    # At least as many edits as the lengths differ: a runaway reply need not be compared character by character.
-    if abs(len(a) - len(b)) / longer >= threshold:
-        return 0.0
-    distance = levenshtein(a, b) / longer
-    return 1.0 - distance if distance < threshold else 0.0
+def _where(sample: Sample) -> str:
+    return f"{sample.origin} (sample {sample.id})" if sample.origin else f"sample {sample.id}"
 
 
-def _items(caption: str) -> set[str]:
-    return {normalised(item) for item in caption.split(";")} - {""}
-
-
-def _area(box: Box) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+def _few(names: Sequence[str], of: Sequence[str]) -> str:
+    return " and ".join(name for name in names if name in of)
 
 
 def _reference_turn(sample: Sample) -> Turn:
@@ -202,6 +190,10 @@ def _grounding_scores(predictions, turns, boxes, targets) -> dict[str, float]:
 
 def _target_boxes(turn: Turn) -> list[Box]:
     return [box for part in turn.parts if isinstance(part, Boxes) and not part.region for box in part.boxes]
+
+
+def _has_target_boxes(sample: Sample) -> bool:
+    return bool(_target_boxes(_reference_turn(sample)))
 
 
 def _has_places(turn: Turn) -> bool:

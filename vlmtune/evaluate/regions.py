@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -9,30 +12,59 @@ from torch import Tensor, nn
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.regions import original_mask
-from vlmtune.evaluate.metrics import iou
+from vlmtune.evaluate.boxes import iou
 from vlmtune.losses.referring import patches_at, states_at
 from vlmtune.models.readouts import readouts_of
-from vlmtune.types import Batch, Region, Sample, VlmtuneError
+from vlmtune.types import Batch, ImageGeometry, Region, Sample, VlmtuneError
 
 INSIDE = 0.5  # of a probability, or of the share of a cell that a mask covers
 
 
-def region_scores(hidden: Tensor, readouts: nn.ModuleDict, batch: Batch) -> list[tuple[str, str, float]]:
-    """(task, metric, value) of every region: "head_iou" of the box head's box, "mask_iou" where there is a mask.
+@dataclass(frozen=True)
+class RegionScore:
+    """What one region adds to a metric, which is Σ value / Σ weight over regions."""
 
-    hidden: float[B, T, D]; both are intersection over union on the canvas, in [0, 1].
+    task: str
+    metric: str
+    value: float
+    weight: float
+
+
+def region_scores(
+    hidden: Tensor, readouts: nn.ModuleDict, batch: Batch, geometry: Sequence[Sequence[ImageGeometry]]
+) -> list[RegionScore]:
+    """Of every region: "head_iou" of the box head's box, "mask_iou" and "mask_oiou" where there is a mask.
+
+    hidden: float[B, T, D]; geometry: of the images of every row. All are intersection over union on the canvas, masks
+    in cells of 1/PER_PATCH patch. The first two are means over regions; "mask_oiou" is the sum of all intersections
+    over that of all unions, in original pixels, as RefCOCO's overall (cumulative) IoU: large objects count more.
     """
     scores = []
     for row, region in batch.regions:
         one, task = [(row, region)], batch.tasks[row]
         if "box" in readouts:
             box = readouts["box"](states_at(hidden, one))
-            scores.append((task, "head_iou", iou(tuple(box[0].tolist()), tuple(region.box.tolist()))))
+            scores.append(RegionScore(task, "head_iou", iou(tuple(box[0].tolist()), tuple(region.box.tolist())), 1.0))
         if "mask" in readouts and region.mask is not None:
-            said, true = mask_of(hidden, readouts, row, region) > INSIDE, region.mask > INSIDE
-            union = int((said | true).sum())
-            scores.append((task, "mask_iou", int((said & true).sum()) / union if union else 1.0))
+            said, true = mask_of(hidden, readouts, row, region) > INSIDE, covered_cells(region.mask)
+            shared, union = int((said & true).sum()), int((said | true).sum())
+            scores.append(RegionScore(task, "mask_iou", shared / union if union else 1.0, 1.0))
+            pixels = _pixels_of_a_cell(geometry[row][region.image], true.numel())
+            scores.append(RegionScore(task, "mask_oiou", shared * pixels, union * pixels))
     return scores
+
+
+def covered_cells(mask: Tensor) -> Tensor:
+    """bool of the same shape: cells of which more than half is covered; of an object smaller than that, those of which
+    most is. mask: the share of each cell."""
+    inside = mask > INSIDE
+    return inside if bool(inside.any()) else (mask == mask.max()) & (mask > 0)
+
+
+def _pixels_of_a_cell(geometry: ImageGeometry, cells: int) -> float:
+    """The area of one of the cells of a canvas, in pixels of the original."""
+    (left, top), (right, bottom) = geometry.to_original(0.0, 0.0), geometry.to_original(1.0, 1.0)
+    return (right - left) * (bottom - top) / cells
 
 
 def mask_of(hidden: Tensor, readouts: nn.ModuleDict, row: int, region: Region) -> Tensor:

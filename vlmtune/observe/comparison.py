@@ -15,7 +15,8 @@ from rich.table import Table
 from vlmtune import __version__
 from vlmtune.evaluate.comparison import Comparison, Figure, Row
 from vlmtune.evaluate.intervals import Interval
-from vlmtune.observe.page import Tick, nice_ticks, number_text, render_html, write_html
+from vlmtune.observe.charts import Tick, nice_ticks, number_text
+from vlmtune.observe.html import render_html, write_html
 
 MIB = 2**20
 # The picture, in SVG units.

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from vlmtune import __version__
 from vlmtune.data.check import CODES, RowFinding, Severity
+from vlmtune.observe.charts import number_text
 from vlmtune.observe.histogram import Histogram, histogram, length_histogram
-from vlmtune.observe.page import number_text, render_html, write_html
+from vlmtune.observe.html import render_html, write_html
 from vlmtune.observe.token_view import visible
 
 EXAMPLES = 20  # findings of one code that the page shows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmtune.observe.page import number_text
+from vlmtune.observe.charts import number_text
 
 WIDTH, HEIGHT, BASE = 560, 120, 96  # units of the drawing; the bars stand on BASE, the ticks below it
 BARS = 56

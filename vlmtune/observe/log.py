@@ -24,14 +24,14 @@ CountBySource = Callable[[int], dict[str, int]]
 
 
 class History(Observer):
-    """Appends one JSON object per logging step, evaluation and finding to history.jsonl, and the statistics of every
-    parameter to gradients.jsonl beside it.
+    """Appends one JSON object per logging step, evaluation, finding and whatever is added to history.jsonl, and the
+    statistics of every parameter to gradients.jsonl beside it.
 
-    by_source: samples of the run so far -> source name -> how many of them came from it.
+    by_source: samples of the run so far -> source name -> how many of them came from it; memory: bytes in use now.
     """
 
-    def __init__(self, path: Path, log_every: int, from_step: int, by_source: CountBySource):
-        self.path, self.log_every, self._by_source = path, log_every, by_source
+    def __init__(self, path: Path, log_every: int, from_step: int, by_source: CountBySource, memory: Callable[[], int]):
+        self.path, self.log_every, self._by_source, self._memory = path, log_every, by_source, memory
         self.gradients = path.with_name("gradients.jsonl")
         self._begin(from_step)
 
@@ -49,11 +49,12 @@ class History(Observer):
             self._since.append(metrics)
         if not self._since or (state.step % self.log_every and state.step != 1):
             return
-        self._append(train_record(state, self._since) | {"sources": self._by_source(state.samples)})
+        record = train_record(state, self._since)
+        self.add(record | {"sources": self._by_source(state.samples), "memory": self._memory()})
         self._since = []
 
     def on_finding(self, state, finding: Finding) -> None:
-        self._append({"kind": "finding", "step": state.step, **asdict(finding)})
+        self.add({"kind": "finding", "step": state.step, **asdict(finding)})
 
     def on_rewind(self, state) -> None:
         """What was recorded of steps that will come again is dropped; the finding that follows says why."""
@@ -61,10 +62,11 @@ class History(Observer):
 
     def on_eval(self, state, metrics: dict[str, Any]) -> None:
         if state.step not in self._evaluated:  # a finished run that is started again evaluates its end once more
-            self._append(eval_record(state, metrics))
+            self.add(eval_record(state, metrics))
             self._evaluated.add(state.step)
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def add(self, record: dict[str, Any]) -> None:
+        """record: with its "kind" and "step"."""
         append_line(self.path, record)
 
 

@@ -18,8 +18,10 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from vlmtune.observe.charts import number_text
 from vlmtune.observe.histogram import Histogram
-from vlmtune.observe.page import boxes_as_rectangles, number_text, render_html, write_html
+from vlmtune.observe.html import render_html, write_html
+from vlmtune.observe.pictures import boxes_as_rectangles
 from vlmtune.types import Box, Kind
 
 # Terminal colours; the page has the same kinds in its own style sheet.

@@ -16,7 +16,7 @@ from vlmtune.config import Data, Negatives, Source
 from vlmtune.data.negatives import NegativeSource, negative, objects_of
 from vlmtune.data.scenes import SceneRecipe
 from vlmtune.data.sources import FileSource, SceneSource
-from vlmtune.evaluate.metrics import iou
+from vlmtune.evaluate.boxes import iou
 from vlmtune.types import Boxes, ImageRef, Text, VlmtuneError
 
 VERIFY, WHAT = "Is {name} in {region}?", "What is in {region}?"
@@ -86,6 +86,13 @@ def test_without_a_name_of_the_kind_the_nearest_spelling_is_hard():
     names = {asked: "thing", f"{asked}s": "other", "zzz": "other"}
     new = negative(sample, "hard", names, VERIFY, WHAT)
     assert text_of(new.turns[0]) == f"Find {asked}s."
+
+
+@pytest.mark.parametrize("kind", ["hard", "random", "background", "confirmed"])
+def test_what_else_was_right_for_the_sample_is_not_for_its_negatives(kind):
+    sample = RECIPE.sample("referring", 1, "train")
+    sample = replace(sample, meta=sample.meta | {"answers": ["a", "b"], "choices": ["a", "b"]})
+    assert not {"answers", "choices"} & set(negative(sample, kind, NAMES, VERIFY, WHAT).meta)
 
 
 def shares(wish: dict, form: str, progress: float = 0.0) -> dict[str, float]:

@@ -1,127 +1,20 @@
-"""Metrics against worked and published examples."""
+"""Which metrics a task has, what they are given, and what is refused."""
 
 from __future__ import annotations
 
-import itertools
+from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vlmtune.data.grounding import coordinates
-from vlmtune.evaluate.metrics import (
-    anls,
-    box_scores,
-    caption_f1,
-    exact_match,
-    iou,
-    levenshtein,
-    match_boxes,
-    score_task,
-    task_metrics,
-)
+from vlmtune.evaluate.metrics import require_readouts, require_scorable, score_task
+from vlmtune.evaluate.names import METRICS, TEXT_METRICS, require_metric, task_metrics
 from vlmtune.types import Boxes, ImageGeometry, Points, Sample, Text, Turn, VlmtuneError
 
 
 def sample(*parts, task="default"):
     turns = (Turn("user", (Text("Question?"),)), Turn("assistant", tuple(parts)))
     return Sample(id="s", turns=turns, task=task, origin="val.jsonl:3")
-
-
-# Levenshtein 1966 / Wagner-Fischer textbook pairs.
-@pytest.mark.parametrize(
-    "a, b, edits",
-    [("kitten", "sitting", 3), ("saturday", "sunday", 3), ("flaw", "lawn", 2), ("", "abc", 3), ("abc", "abc", 0)],
-)
-def test_levenshtein_of_published_pairs(a, b, edits):
-    assert levenshtein(a, b) == levenshtein(b, a) == edits
-
-
-def test_anls_follows_the_definition():
-    assert anls("sitting", ["kitten"]) == pytest.approx(1 - 3 / 7)
-    assert anls("Coca  Cola ", ["coca cola"]) == 1.0  # case and whitespace do not count
-    assert anls("coca cola company", ["pepsi", "coca cola"]) == pytest.approx(1 - 8 / 17)  # best answer counts
-    assert anls("ab", ["ac"]) == 0.0  # NL = 0.5 is not below the threshold
-    assert anls("abc", ["abd"]) == pytest.approx(2 / 3)
-    assert anls("", [""]) == 1.0
-    assert anls("", ["x"]) == anls("x", [""]) == 0.0
-    assert anls("x", []) == 0.0
-    assert anls("word " * 5000, ["word"]) == 0.0  # a runaway reply is cheap
-
-
-def test_anls_forgives_a_misread_letter_only():
-    assert anls("restaurent", ["restaurant"]) == pytest.approx(0.9)
-    assert anls("exit", ["entrance"]) == 0.0
-
-
-def test_exact_match_forgives_whitespace_only():
-    assert exact_match(" two  words\n", "two words") == 1.0
-    assert exact_match("Two words", "two words") == 0.0
-
-
-def test_caption_f1_of_sets():
-    assert caption_f1("hospital top left; factory bottom left", "factory bottom left;hospital top left;") == 1.0
-    assert caption_f1("hospital top left", "hospital top left; factory bottom left") == pytest.approx(2 / 3)
-    assert caption_f1("a x; b x; c x", "a x; d x") == pytest.approx(2 / 5)
-    assert caption_f1("", "a x") == 0.0
-    assert caption_f1("", " ; ") == 1.0
-
-
-def test_iou_worked_examples():
-    assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
-    assert iou((0, 0, 10, 10), (0, 0, 10, 5)) == pytest.approx(0.5)
-    assert iou((0, 0, 2, 2), (2, 0, 4, 2)) == 0.0  # touching
-    assert iou((5, 5, 5, 5), (5, 5, 5, 5)) == 0.0  # no area at all
-    # Rosebrock, "Intersection over Union (IoU) for object detection": his published 0.7980 and 0.7899 count both end
-    # pixels of a box, so its right and lower sides lie one further here.
-    assert iou((39, 63, 204, 113), (54, 66, 199, 115)) == pytest.approx(0.7980, abs=5e-5)
-    assert iou((49, 75, 204, 126), (42, 78, 187, 127)) == pytest.approx(0.7899, abs=5e-5)
-
-
-boxes_strategy = st.lists(
-    st.tuples(*[st.integers(0, 20)] * 4).map(
-        lambda v: (min(v[0], v[2]), min(v[1], v[3]), max(v[0], v[2]), max(v[1], v[3]))
-    ),
-    max_size=4,
-)
-
-
-@settings(deadline=None)
-@given(predicted=boxes_strategy, target=boxes_strategy)
-def test_matching_beats_every_other_assignment(predicted, target):
-    pairs = match_boxes(predicted, target)
-    assert len(pairs) == min(len(predicted), len(target))
-    short, long = sorted((predicted, target), key=len)
-    best = max(sum(iou(a, b) for a, b in zip(short, order, strict=False)) for order in itertools.permutations(long))
-    assert sum(overlap for _, _, overlap in pairs) == pytest.approx(best)
-
-
-def test_matching_is_not_greedy():
-    # Greedy would give the first prediction the first target (0.9 > 0.8) and leave the second with nothing.
-    predicted = [(0, 0, 10, 9), (0, 0, 10, 4)]
-    target = [(0, 0, 10, 10), (0, 0, 10, 8)]
-    pairs = {(p, t) for p, t, _ in match_boxes(predicted, target)}
-    assert pairs == {(0, 0), (1, 1)} or pairs == {(0, 1), (1, 0)}
-    assert sum(o for *_, o in match_boxes(predicted, target)) == pytest.approx(max(0.9 + 0.5, 8 / 9 + 0.4))
-
-
-def test_box_scores_count_missing_and_surplus_boxes():
-    a, b = (0, 0, 10, 10), (20, 20, 30, 30)
-    assert box_scores([[a]], [[a]]) == {"mean_iou": 1.0, "acc_50": 1.0}
-    assert box_scores([[a, b]], [[b, a]]) == {"mean_iou": 1.0, "acc_50": 1.0}
-    assert box_scores([[a]], [[a, b]]) == {"mean_iou": 0.5, "acc_50": 0.5}
-    assert box_scores([[a, b]], [[a]]) == {"mean_iou": 0.5, "acc_50": 0.5}
-    assert box_scores([[]], [[]]) == {"mean_iou": 1.0, "acc_50": 1.0}
-    assert box_scores([[]], [[a]]) == box_scores([[a]], [[]]) == {"mean_iou": 0.0, "acc_50": 0.0}
-    scores = box_scores([[a], [(0, 0, 10, 4)]], [[a], [a]])
-    assert scores == {"mean_iou": pytest.approx(0.7), "acc_50": 0.5}
-
-
-def test_box_scores_refuse_lists_that_do_not_fit():
-    with pytest.raises(ValueError, match="same number"):
-        box_scores([[]], [])
-    with pytest.raises(ValueError, match="at least one"):
-        box_scores([], [])
 
 
 BOX = (0.0, 0.0, 10.0, 10.0)
@@ -192,3 +85,107 @@ def test_absence_has_to_be_said():
     samples = [sample(Text("none"))] * 2
     assert score("grounding", ["none", "hook hook hook"], samples, [[], []]) == {"mean_iou": 0.5, "acc_50": 0.5}
     assert score("grounding", ["hook", ""], samples, [[], []]) == {"mean_iou": 0.0, "acc_50": 0.0}
+
+
+# ---- chosen metrics and accepted answers --------------------------------------------------------------------------
+
+
+def answered(*accepted: str, reply: str = "red", task: str = "vqa") -> Sample:
+    turns = (Turn("user", (Text("?"),)), Turn("assistant", (Text(reply),)))
+    return Sample("s7", turns, task, "val.jsonl:3", {"answers": list(accepted)} if accepted else {})
+
+
+def choose(names, predictions: list[str], samples: list[Sample], boxes=None, task: str = "vqa") -> dict[str, float]:
+    boxes = boxes or [[] for _ in samples]
+    return score_task(task, predictions, samples, boxes, coordinates("norm1000").without_places, names)
+
+
+def test_every_text_metric_can_be_chosen_and_is_perfect_on_the_reference():
+    """CIDEr by its own scale, and of texts that share no words and have four."""
+    samples = [answered(*["red big round circle"] * 10), answered(*["two small blue squares"] * 10)]
+    perfect = choose(TEXT_METRICS, ["red big round circle", "two small blue squares"], samples)
+    assert tuple(perfect) == TEXT_METRICS
+    assert perfect == pytest.approx(dict.fromkeys(TEXT_METRICS, 1.0) | {"cider": 10.0})
+    wrong = choose(TEXT_METRICS, ["xyz", "xyz"], samples)
+    assert wrong == pytest.approx(dict.fromkeys(TEXT_METRICS, 0.0))
+
+
+def test_accepted_answers_stand_for_the_reply():
+    """Any of them is right, and the reply itself only if it is among them."""
+    samples = [answered("scarlet", "dark red"), answered(reply="blue")]
+    assert choose(["exact_match"], ["dark red", "blue"], samples) == {"exact_match": 1.0}
+    assert choose(["exact_match"], ["red", "blue"], samples) == {"exact_match": 0.5}
+    assert choose(None, ["dark red", "blue"], samples) == {"exact_match": 1.0}
+    assert choose(["anls"], ["dark rod", "blue"], samples) == {"anls": pytest.approx((7 / 8 + 1) / 2)}
+    assert choose(["f1"], ["dark red", "blue"], samples) == {"f1": 1.0}
+
+
+def test_the_order_is_the_chosen_one_and_nothing_else_is_reported():
+    assert list(choose(["rouge_l", "exact_match"], ["red"], [answered()])) == ["rouge_l", "exact_match"]
+    assert choose(["mask_iou", "accuracy"], ["red"], [answered()]) == {"accuracy": 1.0}  # others read the heads
+
+
+def test_box_metrics_can_be_chosen_for_any_task_with_boxes():
+    samples = [sample(Text("the cat "), Boxes((BOX,))), sample(Text("no idea"))]
+    scores = choose(["acc_50"], ["the cat", "no idea"], samples, [[(0, 0, 10, 5)], []], task="chat")
+    assert scores == {"acc_50": 1.0}
+    assert choose(["mean_iou"], ["", "no idea"], samples, [[], []], task="grounding") == {"mean_iou": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("answers", "names"),
+    [("red", ["exact_match"]), ([], ["exact_match"]), ([1, 2], ["bleu"]), ({"a": 1}, None), ([["red"]], ["anls"])],
+)
+def test_answers_that_are_no_texts_name_the_sample(answers, names):
+    lone = Sample("s7", answered().turns, "vqa", "val.jsonl:3", {"answers": answers})
+    with pytest.raises(VlmtuneError) as caught:
+        choose(names, ["red"], [lone])
+    assert str(caught.value).startswith("val.jsonl:3 (sample s7): meta.answers is a list of at least one text")
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "there are none"), (3, "there are 3 of them")])
+def test_vqa_accuracy_names_the_sample_without_ten_answers(count, said):
+    samples = [answered(*["red"] * 10), answered(*["red"] * count)]
+    with pytest.raises(VlmtuneError, match=rf"val.jsonl:3 \(sample s7\): vqa_accuracy needs meta.answers.* {said}"):
+        choose(["vqa_accuracy"], ["red", "red"], samples)
+
+
+def test_metrics_that_nothing_can_be_compared_with_are_refused():
+    with pytest.raises(VlmtuneError, match="mean_iou and acc_50 of task 'vqa' compares boxes, but no reply of its 1"):
+        require_scorable("vqa", ["mean_iou", "acc_50"], [answered()])
+    require_scorable("grounding", ["mean_iou"], [sample(Text("none"), task="grounding")])  # absence is an answer there
+    with pytest.raises(VlmtuneError, match="only one held-out sample"):
+        require_scorable("vqa", ["cider"], [answered()])
+    with pytest.raises(VlmtuneError, match="mask_iou of task 'vqa' needs a mask head, but .*set loss.referring"):
+        require_readouts("vqa", ["mask_iou"], [answered()], ["box"])
+    with pytest.raises(VlmtuneError, match="head_iou of task 'vqa' needs a box head"):
+        require_readouts("vqa", ["head_iou"], [answered()], [])
+    boxed = [sample(Boxes((BOX,)))]
+    require_readouts("vqa", ["head_iou", "bleu"], boxed, ["box"])
+    with pytest.raises(VlmtuneError, match="mask_oiou of task 'vqa' needs boxes with masks, but none of its 1"):
+        require_readouts("vqa", ["mask_oiou"], boxed, ["mask"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rougeL", "did you mean rouge_l?"),
+        ("CIDEr", "did you mean cider?"),
+        ("oIoU", "did you mean mask_oiou?"),
+        ("acc@0.5", "did you mean acc_50?"),
+        ("vqa_acuracy", "did you mean vqa_accuracy?"),
+        ("qqq", "known: exact_match, accuracy, f1, "),
+    ],
+)
+def test_an_unknown_metric_is_refused_with_the_nearest(name, said):
+    with pytest.raises(VlmtuneError) as caught:
+        require_metric(name)
+    assert said in str(caught.value) and name in str(caught.value)
+
+
+def test_every_metric_is_documented():
+    """With its range, and what nothing scores."""
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "evaluate.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(" `"): row.split("|") for row in page.splitlines() if row.startswith("| `")}
+    assert set(METRICS) <= rows.keys()
+    assert all(len(cells) == 7 and all(cell.strip() for cell in cells[1:-1]) for cells in rows.values())

@@ -36,6 +36,10 @@ def metrics(caption: tuple[float, int], vqa: tuple[float, int] | None = None, se
     }  # fmt: skip
 
 
+def memory() -> int:
+    return 3 << 20
+
+
 def by_source(samples: int) -> dict[str, int]:
     return {"a.jsonl": samples - samples // 4, "b.jsonl": samples // 4}
 
@@ -54,16 +58,17 @@ def test_means_are_weighted_by_tokens():
 
 
 def test_logs_the_first_step_and_every_nth(tmp_path):
-    history = History(tmp_path / "history.jsonl", 3, 0, by_source)
+    history = History(tmp_path / "history.jsonl", 3, 0, by_source, memory)
     for step in range(1, 8):
         history.on_step(state(step), metrics((float(step), 10)))
     records = read_history(tmp_path / "history.jsonl")
     assert [r["step"] for r in records] == [1, 3, 6]
+    assert {r["memory"] for r in records} == {3 << 20}
     assert [r["loss"] for r in records] == pytest.approx([1.0, 2.5, 5.0])  # since the record before: 2-3, 4-6
 
 
 def test_every_record_counts_the_samples_of_each_source(tmp_path):
-    history = History(tmp_path / "history.jsonl", 1, 0, by_source)
+    history = History(tmp_path / "history.jsonl", 1, 0, by_source, memory)
     for step in (1, 2):
         history.on_step(state(step), metrics((1.0, 10)))
     records = read_history(tmp_path / "history.jsonl")
@@ -73,12 +78,12 @@ def test_every_record_counts_the_samples_of_each_source(tmp_path):
 def test_a_torn_line_is_left_out_and_written_again(tmp_path):
     """Killed in the middle of a write at step 3, after the checkpoint of step 2."""
     path = tmp_path / "history.jsonl"
-    history = History(path, 1, 0, by_source)
+    history = History(path, 1, 0, by_source, memory)
     for step in (1, 2, 3):
         history.on_step(state(step), metrics((1.0, 10)))
     path.write_text(path.read_text()[:-40])
     assert [r["step"] for r in read_history(path)] == [1, 2]
-    resumed = History(path, 1, 2, by_source)
+    resumed = History(path, 1, 2, by_source, memory)
     resumed.on_step(state(3), metrics((1.0, 10)))
     assert [r["step"] for r in read_history(path)] == [1, 2, 3]
     assert all(json.loads(line) for line in path.read_text().splitlines())
@@ -86,7 +91,7 @@ def test_a_torn_line_is_left_out_and_written_again(tmp_path):
 
 def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     path = tmp_path / "history.jsonl"
-    history = History(path, 1, 0, by_source)
+    history = History(path, 1, 0, by_source, memory)
     for step in (1, 2, 3, 4):
         history.on_step(state(step), metrics((1.0, 10)))
     history.on_eval(state(4), {"loss": 1.0})
@@ -100,8 +105,8 @@ def test_an_evaluation_is_recorded_once(tmp_path):
     """Resumed exactly where an evaluation was made, it is not written a second time."""
     path = tmp_path / "history.jsonl"
     values = {"loss": 1.5, "loss/val/vqa": 1.5, "val/vqa/exact": 0.25}
-    History(path, 1, 0, by_source).on_eval(state(2), values)
-    again = History(path, 1, 2, by_source)
+    History(path, 1, 0, by_source, memory).on_eval(state(2), values)
+    again = History(path, 1, 2, by_source, memory)
     again.on_eval(state(2), values)
     again.on_eval(state(4), values)
     records = read_history(path)
@@ -129,7 +134,7 @@ def test_duration(seconds, text):
 
 
 def test_a_step_that_was_left_out_is_counted_and_no_part_of_the_means(tmp_path):
-    history = History(tmp_path / "history.jsonl", 2, 0, by_source)
+    history = History(tmp_path / "history.jsonl", 2, 0, by_source, memory)
     history.on_step(state(1), metrics((1.0, 10)))
     history.on_step(state(2), metrics((2.0, 10)))
     history.on_step(state(3), {"skipped": True, "samples": 4, "tokens": 100})
@@ -140,7 +145,7 @@ def test_a_step_that_was_left_out_is_counted_and_no_part_of_the_means(tmp_path):
 
 def test_findings_and_statistics_are_written_and_dropped_when_the_run_goes_back(tmp_path):
     """What will come again is not recorded twice; what was found before stays."""
-    history = History(tmp_path / "history.jsonl", 1, 0, by_source)
+    history = History(tmp_path / "history.jsonl", 1, 0, by_source, memory)
     rows = {"language.a": Row(0.0, 1.0, 2.0, 3.0, 0.5, 0.25, True)}
     for step in range(1, 5):
         history.on_step(state(step), metrics((float(step), 10)) | {"statistics": rows if step % 2 == 0 else None})

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vlmtune.observe.page import draw_chart, number_text, write_page
+from vlmtune.observe.charts import draw_chart, number_text
+from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import TokenView, chips, terminal_table, visible, write_token_view
 from vlmtune.types import VlmtuneError
 
@@ -66,7 +67,12 @@ def hostile_run(tmp_path: Path) -> Path:
     frozen = row | {"part": "vision", "method": "frozen", "trainable": 0, "lr": None, "weight_decay": None}
     assignment = [row | {"lr": 2e-4, "weight_decay": 0.0, "examples": [HOSTILE]}, frozen | {"examples": []}]
     (run / "assignment.json").write_text(json.dumps(assignment))
-    write_history(run, [train_line(step, HOSTILE) for step in range(1, 6)] + [eval_line(5, HOSTILE)])
+    finding = {"level": "warn", "what": HOSTILE, "evidence": HOSTILE, "remedy": HOSTILE}
+    said = {"kind": "samples", "step": 3, "answers": [{"reply": HOSTILE, "boxes": [BOX]}, None]}
+    lines = [train_line(step, HOSTILE) for step in range(1, 6)]
+    write_history(run, [*lines, eval_line(5, HOSTILE), said, {"kind": "finding", "step": 4, **finding}])
+    (run / "start.json").write_text(json.dumps([finding, finding | {"level": "pass"}]))
+    (run / "memory.json").write_text(json.dumps({"predicted": 2**20, "measured": 2**21, "items": {HOSTILE: 2**20}}))
     summary = {
         "metrics": {f"held-out/{HOSTILE}": {HOSTILE: {"before": 0.125, "after": 0.875}, "loss": {"before": 1.0}}},
         "train_seconds": 75.2,
@@ -107,11 +113,12 @@ def assert_harmless(html: str) -> Elements:
     """No script, no handler, nothing that could be fetched: not an address, not a relative path."""
     page = Elements(html)
     assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "object", "embed", "link", "base", "form"}
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     for tag, attributes in page.tags:
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "xlink:href", "action", "srcset"):
-                assert value.startswith("data:image/"), (tag, value[:40])
+                assert value.startswith("data:image/") or value.removeprefix("#") in ids, (tag, value[:40])
     for style in re.findall(r"<style>.*?</style>", html, re.DOTALL):
         assert "url(" not in style and "@import" not in style
     assert "default-src 'none'" in page.named("meta")[1]["content"]
@@ -133,7 +140,8 @@ def test_the_page_contains_the_figures(hostile_run):
     assert [text for text in figures + titles if text not in page.text] == []
     assert "1 of 1 scores got better" in page.text
     classes = [attributes.get("class") for attributes in page.named("rect")]
-    assert classes.count("true") == 2 + 1 and classes.count("after") == 4 + 1  # + 1: the key above the gallery
+    # + 1: the key above the gallery; one more: the answer on the way
+    assert classes.count("true") == 2 + 1 + 1 and classes.count("after") == 4 + 1 + 1
     assert len(page.named("image")) == 2  # the file and the data URI; nothing outside of the run folder
     assert page.text.count("picture not in the run folder") == 3
 
@@ -159,6 +167,71 @@ def test_a_run_in_progress_renders(tmp_path):
     page = assert_harmless(write_page(tmp_path).read_text())
     assert "Training loss" in page.text and "not finished" in page.text and "1.5 s" in page.text
     assert "1 unreadable line of history.jsonl skipped" in page.text
+
+
+def test_findings_before_and_during_the_run_stand_together(hostile_run):
+    page = Elements(write_page(hostile_run).read_text())
+    assert "1 check before the first step passed" in page.text
+    assert "What was noticed before the first step and while the run went on." in page.text
+    pills = [a["class"] for a in page.named("span") if a.get("class", "").startswith("pill ")]
+    assert [p for p in pills if p in ("pill warn", "pill pass", "pill fail")] == ["pill warn"] * 2 + ["pill pass"]
+
+
+def test_what_was_measured_afterwards_is_shown(tmp_path):
+    finding = {"section": "yes_no", "level": "warn", "what": HOSTILE, "evidence": HOSTILE, "remedy": ""}
+    record = {"checkpoint": HOSTILE, "base": HOSTILE, "findings": [finding, finding | {"level": "pass"}]}
+    (tmp_path / "validate.json").write_text(json.dumps(record))
+    cell = {"before": {"value": 0.25}, "after": {"value": 0.75, "low": 0.5, "high": 0.875}}
+    levels = {HOSTILE: {"rows": {"probe_of_vision": cell}}, "scene": {"rows": {"probe_of_vision": cell}}}
+    (tmp_path / "align.json").write_text(json.dumps({"checkpoint": HOSTILE, "levels": levels}))
+    page = assert_harmless(write_page(tmp_path).read_text())
+    assert "yes no" in page.text and "1 passed" in page.text
+    assert "probe of vision" in page.text and page.text.count("0.25 → 0.75 0.50–0.88") == 2
+
+
+def test_nothing_noticed_is_said(tmp_path):
+    (tmp_path / "start.json").write_text(json.dumps([{"level": "pass", "what": "a", "evidence": "b", "remedy": ""}]))
+    assert "Nothing was noticed yet." in Elements(write_page(tmp_path).read_text()).text
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 3}))
+    assert "Nothing was noticed." in Elements(write_page(tmp_path).read_text()).text
+
+
+def test_memory_is_predicted_and_measured(tmp_path):
+    items = {"weights": 30 * 2**20, "activations language": 90 * 2**20, "loss": 44}
+    record = {"predicted": 120 * 2**20, "measured": 150 * 2**20, "at": "backward/loss", "items": items}
+    (tmp_path / "memory.json").write_text(json.dumps(record))
+    page = Elements(write_page(tmp_path).read_text())
+    assert "before training 120 MiB, measured in the first step 150 MiB (+25%)" in page.text
+    rows = [a["width"] for a in page.named("rect")]
+    assert rows == ["75.00", "25.00"], "the largest first; what is less than a tenth of a MiB is left out"
+    (tmp_path / "memory.json").write_text(json.dumps({"measured": None, "predicted": None}))
+    assert "before training –, measured in the first step –." in Elements(write_page(tmp_path).read_text()).text
+
+
+def test_a_run_in_progress_says_how_far_it_is(tmp_path):
+    (tmp_path / "environment.json").write_text(json.dumps({"steps": 12, "packages": {"torch": "2.13"}}))
+    write_history(tmp_path, [train_line(step) for step in range(1, 4)])
+    page = Elements(write_page(tmp_path).read_text())
+    assert "3 of 12" in page.text and "4.5 s" in page.text and "left, about" in page.text and "torch 2.13" in page.text
+    assert [a["aria-valuenow"] for a in page.named("div") if a.get("role") == "progressbar"] == ["25"]
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 12}))
+    page = Elements(write_page(tmp_path).read_text())
+    assert "left, about" not in page.text and not [a for a in page.named("div") if a.get("role")]
+
+
+def test_answers_on_the_way_are_shown_in_order_and_the_newest_stands_for_after(tmp_path):
+    sample = {"image": data_uri(), "width": 48, "height": 32, "question": "What?", "reference": "red", "before": "blue"}
+    (tmp_path / "samples.json").write_text(json.dumps([sample | {"after": None}]))
+    said = [{"kind": "samples", "step": 10 * n, "answers": [{"reply": f"said {n}", "boxes": []}]} for n in range(1, 21)]
+    write_history(tmp_path, said)
+    page = Elements(write_page(tmp_path).read_text())
+    assert page.text.index("step 200") < page.text.index("8 answers on the way")
+    steps = re.findall(r"step (\d+)\s*said", page.text)
+    assert len(steps) == 9 and steps[0] == "200" and steps[1:] == sorted(steps[1:], key=int)
+    (tmp_path / "samples.json").write_text(json.dumps([sample | {"after": "red"}]))
+    write_history(tmp_path, said[:2])
+    text = Elements(write_page(tmp_path).read_text()).text
+    assert "2 answers on the way" in text and "red ✓" in text
 
 
 def test_after_a_resume_the_later_entry_of_a_step_counts(tmp_path):
