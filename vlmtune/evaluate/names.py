@@ -9,6 +9,7 @@ from vlmtune.errors import VlmtuneError
 TEXT_METRICS = ("exact_match", "accuracy", "f1", "anls", "vqa_accuracy", "bleu", "chrf", "rouge_l", "cider")
 BOX_METRICS = ("mean_iou", "acc_50")
 REGION_METRICS = ("head_iou", "mask_iou", "mask_oiou")  # of read-outs: nothing is generated for them
+CORPUS_METRICS = ("bleu", "chrf", "cider", "mask_oiou")  # of all samples together, no means over them
 METRICS = (*TEXT_METRICS, *BOX_METRICS, *REGION_METRICS)
 
 TASK_METRICS = {
