@@ -53,6 +53,7 @@ NOT_FINGERPRINTED = (
     ("evaluate", "gallery"),
     ("evaluate", "samples_every"),
     ("evaluate", "batch_size"),
+    ("evaluate", "retain"),
 )
 
 

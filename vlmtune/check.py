@@ -1,6 +1,7 @@
 """`vlmtune check`: everything that a run needs, tried before it starts, in an order that fails fast (SPEC H1).
 
-Sections: machine, plan, data, start, step, checkpoint. The first that fails ends it: what comes after rests on it.
+Sections: machine, plan, model, data, start, step, checkpoint. The first that fails ends it: what comes after rests on
+it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vlmtune.adapt.plan import assign_rules
 from vlmtune.build import (
     Base,
     best_device,
+    build_encoder,
     build_eval_groups,
     build_train,
     load_base,
@@ -33,10 +35,14 @@ from vlmtune.build import (
 from vlmtune.build_course import build_optimizer, build_settings, build_tower, policies
 from vlmtune.build_loss import wanted_readouts
 from vlmtune.check_data import data_folder, examine_data, has_files
+from vlmtune.checkpoint import rng_state
+from vlmtune.checks.settings import generation_finding
 from vlmtune.config import Chain, Config, dump_config
-from vlmtune.data.check import CODES
+from vlmtune.data.check import CODES, OF_SOURCES
+from vlmtune.failure import diagnose_step, examine_batches
 from vlmtune.models.load import meta_model
 from vlmtune.models.readouts import attach_readouts
+from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.observe.data_report import CodeFindings
 from vlmtune.optim.precision import Precision, autocast, resolve_precision
 from vlmtune.paths import require_folder
@@ -44,9 +50,10 @@ from vlmtune.prepare import Prepared, largest_micro_batch, prepare, probe_of
 from vlmtune.recovery import NonFinite
 from vlmtune.start import MIB, TIGHT, disk_finding, first_micro_batches, held_bytes, memory_there
 from vlmtune.trainer import Trainer
-from vlmtune.types import Batch, Finding, VlmtuneError
+from vlmtune.types import Batch, Encoded, Finding, VlmtuneError
 from vlmtune.use import load_run, products_of
 
+LOOKED_AT = 16  # samples of each held-out source whose replies are measured
 ALIKE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 3e-2}
 """Logits after a reload, relative to the largest: the same operations on the same weights, in another memory layout."""
 
@@ -117,8 +124,8 @@ def check_run(config: Config, console: Console, workers: int | None, data: bool)
     """The sections of one run, one by one, until one fails."""
     run = _Run(config, console, workers)
     parts: list[tuple[str, Callable[[], list[Finding]]]] = [
-        ("machine", run.machine), ("plan", run.plan), ("data", run.data), ("start", run.start), ("step", run.step),
-        ("checkpoint", run.checkpoint),
+        ("machine", run.machine), ("plan", run.plan), ("model", run.model), ("data", run.data), ("start", run.start),
+        ("step", run.step), ("checkpoint", run.checkpoint),
     ]  # fmt: skip
     try:
         for name, work in parts:
@@ -139,8 +146,6 @@ def _tried(name: str, work: Callable[[], list[Finding]]) -> Section:
     except VlmtuneError as error:
         sentence, _, remedy = str(error).rstrip(".").rpartition("; ")
         findings = [Finding("fail", _WHAT[name], sentence or remedy, remedy if sentence else "")]
-    except NonFinite as failure:
-        findings = [Finding("fail", _WHAT[name], failure.what, failure.remedy)]
     except (MemoryError, torch.OutOfMemoryError) as error:
         remedy = "lower train.micro_batch_size or data.max_pixels, or set train.gradient_checkpointing"
         findings = [Finding("fail", "memory suffices", f"no: {' '.join(str(error).split())[:160]}", remedy)]
@@ -150,6 +155,7 @@ def _tried(name: str, work: Callable[[], list[Finding]]) -> Section:
 _WHAT = {
     "machine": "the run folder can be written",
     "plan": "data, lengths and rules fit together",
+    "model": "the model can be loaded",
     "data": "every row can be used",
     "start": "the run can be built",
     "step": "the largest batch goes forward and backward",
@@ -197,8 +203,18 @@ class _Run:
             Finding("pass", "lengths fit", f"{settings.total_steps:,} steps of {config.train.batch_size} samples"),
         ]
 
+    def model(self) -> list[Finding]:
+        """Weights, tokenizer, template, coordinates."""
+        self.base = base = load_base(self.config)
+        build_encoder(base.processor, base.model, self.config.data)
+        size = sum(parameter.numel() for parameter in base.model.parameters())
+        found = [Finding("pass", "the model can be loaded", f"{base.path}, {size:,} parameters")]
+        what = "the chat template is the model's own"
+        if base.remark is None:
+            return [*found, Finding("pass", what, f"data.template {self.config.data.template}")]
+        return [*found, Finding("warn", what, base.remark, "set data.template to auto")]
+
     def data(self) -> list[Finding]:
-        self.base = load_base(self.config)
         folder = data_folder(self.config)
         if not has_files(self.config):
             return [Finding("pass", "every row can be used", "generated scenes: there is no file to read")]
@@ -211,7 +227,7 @@ class _Run:
         return found
 
     def _of_rows(self, codes: CodeFindings, folder: Path) -> Finding:
-        left_out = self.config.data.on_bad_row == "drop" and codes.code not in ("leak", "too_long")
+        left_out = self.config.data.on_bad_row == "drop" and codes.code not in (*OF_SOURCES, "too_long")
         level = "fail" if codes.severity == "error" and not left_out else "warn"
         evidence = f"{codes.total:,} times" + (", left out" if left_out else "")
         return Finding(
@@ -224,7 +240,16 @@ class _Run:
         self.made = prepare(self.config, self.device, quiet, base=self.base)
         self.base = None
         disk = disk_finding(Path(self.config.run) / "checkpoints", self.made.model, self.made.plan, self.config)
-        return [*self.made.findings, *self.made.judged, disk]
+        return [*self.made.findings, *self.made.judged, disk, *self._generation()]
+
+    def _generation(self) -> list[Finding]:
+        """Whether the held-out replies could be generated to their ends."""
+        wish, encoder = self.config.evaluate, self.made.encoder
+        samples = [source[row] for sources in self.made.groups.values() for source in sources
+                   for row in range(min(LOOKED_AT, source.size))]  # fmt: skip
+        if not samples or not wish.generate:
+            return []
+        return [generation_finding([_reply_tokens(encoder.encode(s)) for s in samples], wish.max_new_tokens)]
 
     def step(self) -> list[Finding]:
         """With the largest micro-batch and those of the first step, in which every part that trains is reached."""
@@ -237,15 +262,23 @@ class _Run:
             step_loader(made.steps, 0), made.settings, self.draft / "checkpoints", "check", self.device,
             probe=probe_of(made.steps), tower=build_tower(made.model, config),
         )  # fmt: skip
+        micro_batches, rng = [largest, *first_micro_batches(made.steps)], rng_state()
+        examined = examine_batches(made.model, micro_batches, embedding_rows(made.model), made.encoder)
+        if any(finding.level == "fail" for finding in examined):
+            return examined
         meter.start()
-        metrics = self.trainer.train_step([largest, *first_micro_batches(made.steps)])
+        try:
+            metrics = self.trainer.train_step(micro_batches)
+        except NonFinite:
+            return diagnose_step(self.trainer, micro_batches, rng, made.encoder).causes
         count, length = largest.inputs["input_ids"].shape
         norms = ", ".join(f"{rule} {norm:.3g}" for rule, norm in metrics["norms"].items() if rule != "total")
         findings = [
+            *examined,
             Finding(
                 "pass", "the largest batch goes forward and backward",
                 f"{count} samples of {length:,} tokens; loss {metrics['loss']:.4g}, gradient norms: {norms}",
-            )
+            ),
         ]  # fmt: skip
         peak = meter.peak()
         if peak is not None:
@@ -276,6 +309,11 @@ class _Run:
         if gap <= ALIKE[precision]:
             return [Finding("pass", what, evidence)]
         return [Finding("fail", what, evidence, "report it with the config: what was trained would be lost")]
+
+
+def _reply_tokens(encoded: Encoded) -> int:
+    """Of the last reply, its end included."""
+    return int(encoded.supervised()[encoded.turn == encoded.turn.max()].sum())
 
 
 def _existing(folder: Path) -> Path:

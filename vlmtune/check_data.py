@@ -16,9 +16,10 @@ from rich.console import Console
 
 from vlmtune.build import Base, build_encoder, build_source, load_base, source_names
 from vlmtune.config import Config
-from vlmtune.data.check import CHUNK, RowCheck, RowFinding, check_rows
+from vlmtune.data.check import CHUNK, CODES, RowCheck, RowFinding, check_rows
 from vlmtune.data.duplicates import TRAIN, Duplicates, SplitSource
 from vlmtune.data.encode import Encoder
+from vlmtune.data.habits import Habit, Habits
 from vlmtune.data.sources import SampleSource
 from vlmtune.observe.data_report import (
     DataReport,
@@ -110,11 +111,13 @@ def _check_sources(
 
     for number, place in enumerate(sources):
         check = RowCheck(place.source, place.name, encoder, config.data.max_length, config.data.on_overlong == "error")
-        tokens, sides = array("i"), array("i")
+        tokens, sides, habits = array("i"), array("i"), Habits()
         for checked in check_rows(check, report.workers):
             for finding in checked.findings:
                 keep(finding)
             duplicates.add(number, checked)
+            if checked.traits is not None:
+                habits.add(checked.row, checked.traits)
             if checked.tokens is not None:
                 tokens.append(checked.tokens)
             for image in checked.images:
@@ -122,6 +125,8 @@ def _check_sources(
             done = checked.row + 1
             if done % CHUNK == 0 or done == place.source.size:
                 bar(place.name, done, place.source.size)
+        for habit in habits.findings():
+            keep(_of_source(habit, place))
         report.sources.append(
             SourceFigures(
                 place.name, place.split, place.source.format, place.source.size,
@@ -130,6 +135,13 @@ def _check_sources(
         )  # fmt: skip
     for finding in duplicates.findings():
         keep(finding)
+
+
+def _of_source(habit: Habit, place: SplitSource) -> RowFinding:
+    """Of all its rows, with the first one as the example."""
+    sample = place.source[habit.row]
+    sentence = f"{place.name}: {habit.says}; for example {sample.origin} (sample {sample.id})."
+    return RowFinding(habit.code, CODES[habit.code][0], place.name, habit.row, sample.origin, sample.id, sentence)
 
 
 def _make_folder(folder: Path) -> None:

@@ -292,6 +292,36 @@ def export(
 
 
 @app.command()
+def validate(
+    run: Annotated[Path, typer.Argument(help="a run folder, or a chain of stages")],
+    checkpoint: Annotated[str, typer.Option(help="latest, best or step_…")] = "latest",
+    retain: Annotated[
+        list[str] | None, typer.Option(help="held-out group, or data file, of what the base could do; repeatable")
+    ] = None,
+    pope: Annotated[Path | None, typer.Option(help="data file of questions whose replies are yes or no")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="whether {name} is there, where meta.objects says what is")
+    ] = None,
+    safety: Annotated[Path | None, typer.Option(help="data file of prompts with meta.refuse or meta.forbidden")] = None,
+    judge: Annotated[str | None, typer.Option(help="command that judges the replies to --safety")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="sections to leave out, a,b or repeated")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="samples of each held-out source (default: all)")] = None,
+    card: Annotated[Path | None, typer.Option(help="exported folder of this checkpoint: write its model card")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+) -> None:
+    """What came out of a run: learned, kept, varied, honest, robust, loadable. Exit code 1 if anything fails."""
+    from vlmtune.evaluate.yes_no import QUESTION
+    from vlmtune.validate import Wish
+    from vlmtune.validate import validate as check
+
+    sections = [name.strip() for part in skip or [] for name in part.split(",")]
+    wish = Wish(checkpoint, retain or (), pope, question or QUESTION, safety, judge, sections, limit, card)
+    code = check(run, console, wish, as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     path: Annotated[Path, typer.Argument(help="a run folder, a chain of stages, or a checkpoint folder")],
     failure: Annotated[str | None, typer.Option(help="a folder of RUN/failures, step_… (default: the newest)")] = None,
@@ -306,6 +336,28 @@ def doctor(
     code = examine(path, console, failure, as_json)
     if code:
         raise typer.Exit(code)
+
+
+@app.command()
+def align(
+    run: Annotated[Path, typer.Argument(help="a run folder, or a chain of stages")],
+    checkpoint: Annotated[str, typer.Option(help="latest, best or step_…")] = "latest",
+    on: Annotated[
+        Literal["scenes", "data"], typer.Option(help="ask about the embedded scenes, or rows of data.eval")
+    ] = "scenes",
+    concepts: Annotated[
+        Literal["base", "new", "all"] | None, typer.Option(help="of the scenes: 72 base ones, 24 new (default), or all")
+    ] = None,
+    level: Annotated[
+        list[str] | None, typer.Option(help="task=level, for rows without meta.level; can be repeated")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="test questions of each level; probes learn from 3 times as many")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="print the matrix as JSON")] = False,
+) -> None:
+    """Does language say what vision shows? Objects, attributes, relations, scenes, before and after training."""
+    from vlmtune.align import align as run_align
+
+    run_align(run, console, on, concepts, level or [], samples, checkpoint, as_json)
 
 
 @app.command()

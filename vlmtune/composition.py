@@ -1,14 +1,24 @@
-"""What a run is going to read: every source, its share, how often it is walked, how long its samples are (SPEC E3)."""
+"""What a run is going to read: every source, its share, how often it is walked, how long its samples are (SPEC E3), and
+which bytes those were (SPEC H3).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from vlmtune.build import source_names
+from vlmtune import __version__
+from vlmtune.build import cache_folder, source_names
+from vlmtune.config import Config, Source
+from vlmtune.data.files import ENDINGS, open_reader
+from vlmtune.data.fingerprint import fingerprint
 from vlmtune.data.loader import Steps
 from vlmtune.data.sources import SampleSource
 from vlmtune.types import Encoded
@@ -52,6 +62,38 @@ def composition_table(rows: Sequence[dict[str, Any]]) -> Table:
             _shown(row["images"], "{:.1f}"),
         )  # fmt: skip
     return table
+
+
+def data_record(config: Config) -> list[dict[str, Any]]:
+    """A row for every source: where it is used, its name without folders, and a fingerprint of its contents.
+
+    Raises VlmtuneError for files that cannot be read.
+    """
+    places = [("train", source) for source in config.data.train]
+    places += [(f"eval/{group}", source) for group, sources in config.data.eval.items() for source in sources]
+    return [{"place": place, "limit": source.limit, **_fingerprinted(source)} for place, source in places]
+
+
+def _fingerprinted(source: Source) -> dict[str, Any]:
+    if source.scenes is not None:  # drawn by this version of vlmtune, always the same
+        text = json.dumps([__version__, source.model_dump(mode="json")], sort_keys=True)
+        name = f"scenes/{source.scenes}/{source.task}/{source.split}"
+        return {
+            "name": name,
+            "files": 0,
+            "bytes": 0,
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "whole": True,
+        }
+    if source.path.startswith("hub:"):  # a data set that `datasets` keeps, with a fingerprint of its own
+        identity = open_reader(source.path, source.split, cache_folder() / "indexes").identity
+        sha256 = hashlib.sha256(identity.encode()).hexdigest()
+        return {"name": source.path, "files": 0, "bytes": 0, "sha256": sha256, "whole": True}
+    path = Path(source.path)
+    files = (
+        [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and p.suffix in (*ENDINGS, ".arrow")]
+    )
+    return {"name": "/".join(path.parts[-2:]), **asdict(fingerprint(files))}
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -19,6 +19,7 @@ from vlmtune.checks.after import (
     course_findings,
     data_findings,
     gradient_findings,
+    outcome_findings,
     sparkline,
     weight_findings,
 )
@@ -95,14 +96,17 @@ def _lines(found: Mapping[str, list[Finding]]) -> list[str]:
 def _data(run: Path) -> list[Finding]:
     composition = _read(run / "composition.json", [])
     dropped = run / "dropped.jsonl"
-    count = len(dropped.read_text(encoding="utf-8").splitlines()) if dropped.is_file() else 0
+    sources = {row["source"] for row in composition}  # of data.train: rows of held-out data may be left out too
+    lines = dropped.read_text(encoding="utf-8").splitlines() if dropped.is_file() else []
+    count = sum(json.loads(line)["source"] in sources for line in lines)
     return data_findings(composition, count, read_history(run / "history.jsonl"))
 
 
 def _config(run: Path) -> list[Finding]:
     history = read_history(run / "history.jsonl")
     steps = max((record["step"] for record in history), default=0)
-    return course_findings(_read(run / "start.json", []), history, steps)
+    metrics = _read(run / "summary.json", {}).get("metrics", {})
+    return [*course_findings(_read(run / "start.json", []), history, steps), *outcome_findings(metrics)]
 
 
 def _code(run: Path) -> list[Finding]:

@@ -21,6 +21,7 @@ from vlmtune.adapt.peft_folder import load_plain_peft, write_peft_folder
 from vlmtune.adapt.serving import GGUF_REASON, why_not_merged, why_not_plain_peft
 from vlmtune.build import build_source, fit_data, load_base, load_model
 from vlmtune.build_course import policies
+from vlmtune.card import write_card
 from vlmtune.checkpoint import copy_weights
 from vlmtune.config import Config, dump_config
 from vlmtune.data.batch import collate
@@ -32,7 +33,7 @@ from vlmtune.models.readouts import detach_readouts
 from vlmtune.optim.precision import Precision, autocast
 from vlmtune.paths import new_folder
 from vlmtune.types import Batch, VlmtuneError
-from vlmtune.use import Loaded, find_checkpoint, load_run
+from vlmtune.use import Loaded, find_checkpoint, last_stage, load_run
 
 Form = Literal["merged", "adapter", "gguf"]
 
@@ -123,6 +124,7 @@ def _export_merged(loaded: Loaded, run: Path, checkpoint: str, folder: Path, con
                 "quantised to merged": _gap(final, quantised),
             }
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
+        write_card(draft, last_stage(run), folder.name)
     console.print(
         f"{folder}: {merged} modules merged, {changed} of {len(before)} tensors changed, "
         f"reloaded logits agree to {gap:.1e}",
@@ -177,6 +179,7 @@ def _export_adapter(loaded: Loaded, run: Path, checkpoint: str, folder: Path, co
                  else "peft", "why_not_peft": reason, "modules_to_save": modules, "relative_logit_gap": gap,
                  "system": _system_text(loaded.config)}  # fmt: skip
         (draft / "vlmtune_export.json").write_text(json.dumps(proof, indent=1))
+        write_card(draft, last_stage(run), folder.name)
     loads = (
         f"loads with vlmtune, not with plain peft ({reason}): vlmtune predict … --model {folder}"
         if reason

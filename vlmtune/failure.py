@@ -27,12 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmtune.checkpoint import restore_rng, rng_state
-from vlmtune.checks.causes import rank_causes
+from vlmtune.checks.causes import GROWN, rank_causes
 from vlmtune.checks.examine import Picture, examine_inputs, pictures_of
-from vlmtune.checks.nonfinite import Origin, first_nonfinite
+from vlmtune.checks.nonfinite import Origin, first_nonfinite, largest_finite
 from vlmtune.data.batch import batches_of, tensors_of
 from vlmtune.data.encode import Encoder
 from vlmtune.losses.objective import StepWeights
+from vlmtune.models.anatomy import canonical_parameters
 from vlmtune.models.batchnorm import SharedTower
 from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.optim.clip import gradient_norms
@@ -124,13 +125,7 @@ def diagnose(
 
     Afterwards parameters, buffers, random state and what the objective gathers are as before, and gradients are None.
     """
-    token = getattr(model.config, "image_token_id", None)
-    placeholders = {model.config.image_token_index if token is None else token}
-    mean, std = (None, None) if encoder is None else colours(encoder.processor.image_processor)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    examined = _merged(
-        [examine_inputs(batch, vocabulary_size, placeholders, mean, std, longest) for batch in micro_batches]
-    )
+    examined = examine_batches(model, micro_batches, vocabulary_size, encoder)
     # the objective may gather gradients and draw samples: the rerun gets one of its own, on the same parameters
     own = {id(parameter): parameter for parameter in model.parameters()}
     watched = TrainingModule(module.vlm, copy.deepcopy(module.objective, own))
@@ -148,9 +143,24 @@ def diagnose(
         for parameter in (*module.parameters(), *watched.parameters()):
             parameter.grad = None
         restore_rng(before)
-    causes = rank_causes(origin, examined, norm_history, loss_history, precision, scale, lr, without_scale)
+    largest = {name: largest_finite(p) for name, p in canonical_parameters(model).items() if p.is_floating_point()}
+    grown = {name: value for name, value in largest.items() if value is not None and value > GROWN}
+    causes = rank_causes(origin, examined, norm_history, loss_history, precision, scale, lr, without_scale, grown)
     samples = () if number is None else tuple(micro_batches[number].sample_ids)
     return Diagnosis(origin, number, samples, causes, examined)
+
+
+def examine_batches(
+    model: torch.nn.Module, micro_batches: Sequence[Batch], vocabulary_size: int, encoder: Encoder | None = None
+) -> list[Finding]:
+    """What is wrong with micro-batches themselves, and what is in order. Arguments as of `diagnose`."""
+    token = getattr(model.config, "image_token_id", None)
+    placeholders = {model.config.image_token_index if token is None else token}
+    mean, std = (None, None) if encoder is None else colours(encoder.processor.image_processor)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return _merged(
+        [examine_inputs(batch, vocabulary_size, placeholders, mean, std, longest) for batch in micro_batches]
+    )
 
 
 def _rerun(
@@ -355,28 +365,40 @@ def investigator(folder: Path, trainer: Trainer, encoder: Encoder) -> Callable[[
     """What happens at a step that is not finite: it is run again watched, and saved with the weights it had."""
 
     def investigate(failure: NonFinite, rng: dict) -> str:
-        model, settings, state = trainer.model, trainer.settings, trainer.state
-        progress = state.step / settings.total_steps
-        weights = trainer.module.objective.weights(failure.micro_batches, progress)
-        scale = 1.0 if trainer.scale is None else trainer.scale.value
-        norms, losses = [past.norms for past in trainer.history], [past.loss for past in trainer.history]
-        lr = {group["rule"]: group["lr"] for group in trainer.optimizer.param_groups}
-        vocabulary = embedding_rows(model)
-        diagnosis = diagnose(
-            model, trainer.module, failure.micro_batches, weights, settings.precision, scale, rng, norms, losses, lr,
-            vocabulary, encoder, trainer.tower,
-        )  # fmt: skip
-        place = folder / "failures" / failure_name(state.step + 1)
-        record = {
-            "step": state.step, "progress": progress, "precision": settings.precision, "scale": scale, "lr": lr,
-            "norm_history": norms, "loss_history": losses, "what": failure.what,
+        state = trainer.state
+        record = _record_of(trainer) | {
+            "what": failure.what,
             "scale_history": [past.scale for past in trainer.history],
-        }  # fmt: skip
+        }
+        diagnosis = diagnose_step(trainer, failure.micro_batches, rng, encoder)
+        place = folder / "failures" / failure_name(state.step + 1)
         trainer.write(place / "checkpoint")
         save_failure(place, failure.micro_batches, record, rng, diagnosis, encoder)
         return f"{diagnosis.sentence[0].upper()}{diagnosis.sentence[1:]} Saved in {place}."
 
     return investigate
+
+
+def diagnose_step(trainer: Trainer, micro_batches: Sequence[Batch], rng: dict, encoder: Encoder) -> Diagnosis:
+    """`diagnose` the step that a trainer could not make. rng: as there."""
+    record, model = _record_of(trainer), trainer.model
+    weights = trainer.module.objective.weights(micro_batches, record["progress"])
+    return diagnose(
+        model, trainer.module, micro_batches, weights, record["precision"], record["scale"], rng,
+        record["norm_history"], record["loss_history"], record["lr"], embedding_rows(model), encoder, trainer.tower,
+    )  # fmt: skip
+
+
+def _record_of(trainer: Trainer) -> dict[str, Any]:
+    """What `REQUIRED` names, as it is now."""
+    state, settings = trainer.state, trainer.settings
+    return {
+        "step": state.step, "progress": state.step / settings.total_steps, "precision": settings.precision,
+        "scale": 1.0 if trainer.scale is None else trainer.scale.value,
+        "lr": {group["rule"]: group["lr"] for group in trainer.optimizer.param_groups},
+        "norm_history": [past.norms for past in trainer.history],
+        "loss_history": [past.loss for past in trainer.history],
+    }  # fmt: skip
 
 
 # ---- for people --------------------------------------------------------------------------------------------------

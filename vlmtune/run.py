@@ -1,6 +1,6 @@
 """`vlmtune train`: one run folder from a config, resumable at any moment.
 
-runs/NAME/ config.yaml environment.json assignment.json start.json memory.json history.jsonl dropped.jsonl
+runs/NAME/ config.yaml environment.json assignment.json data.json start.json memory.json history.jsonl dropped.jsonl
            changed.jsonl report.html summary.json samples.json tensorboard/
            checkpoints/step_000100 checkpoints/best checkpoints/latest
 """
@@ -34,7 +34,7 @@ from vlmtune.checkpoint import (
     read_state,
     set_aside,
 )
-from vlmtune.composition import composition, composition_table
+from vlmtune.composition import composition, composition_table, data_record
 from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.data.loader import Steps
 from vlmtune.data.sampling import TemperatureOrder
@@ -218,6 +218,8 @@ def open_folder(
     write_text(folder / "environment.json", json.dumps(environ, indent=1))
     for name, text in changed.items():
         write_text(folder / name, text)
+    if not (folder / "data.json").exists():  # of the data that the run began with
+        write_text(folder / "data.json", json.dumps(data_record(config), indent=1))
     first = [made.steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
     write_token_view(
         folder / "first_batch.html",

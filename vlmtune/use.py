@@ -28,11 +28,12 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.prompts import system_prompt
 from vlmtune.data.sources import with_system
 from vlmtune.evaluate.choices import ChoiceRule
-from vlmtune.evaluate.evaluation import evaluate
+from vlmtune.evaluate.evaluation import evaluate, require_chosen
 from vlmtune.evaluate.generate import reply
 from vlmtune.evaluate.regions import masks_of_sample
 from vlmtune.models.load import load_processor
 from vlmtune.models.quantise import QUANTISED, place
+from vlmtune.models.readouts import readouts_of
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.precision import Precision, autocast, resolve_precision
 from vlmtune.outcome import metrics_table
@@ -114,6 +115,8 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     with CountingBar(console) as bar:
         groups = fit_data(loaded.config, loaded.encoder, [], groups, bar).groups
     wish = loaded.config.evaluate
+    if wish.metrics:  # data.eval may be another one than in training
+        require_chosen(wish.metrics, groups, list(readouts_of(loaded.model) or []), [None])
     result = evaluate(
         loaded.model, loaded.encoder, groups, limit=None, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=loaded.precision,
@@ -168,13 +171,9 @@ def predict(
     if checkpoint is not None and not is_run:
         raise VlmtuneError(f"--checkpoint {checkpoint}: {model} is not a run folder; leave it out, or pass the run.")
     parts = [ImageRef(image), *_prompt_parts(prompt, region)]
-    if is_run:
-        loaded = load_run(Path(model), checkpoint or "latest")
-        network, encoder, precision = loaded.model, loaded.encoder, loaded.precision
-        system = loaded.config.data.system if system is None else system
-    else:
-        path = resolve_model(model)
-        network, encoder, precision = *_load_exported(Path(model), path), "fp32"
+    network, encoder, precision = open_model(model, checkpoint)
+    if is_run and system is None:
+        system = load_config(str(Path(model, "config.yaml"))).data.system
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
     if system is not None:
         sample = with_system(sample, system_prompt(system))
@@ -186,6 +185,15 @@ def predict(
     with autocast(precision, network.device):
         masks = _masks(network, encoder, sample, text, boxes) if with_masks else []
     return Prediction(text, boxes, points, clicks, masks)
+
+
+def open_model(name: str, checkpoint: str | None = None) -> tuple[torch.nn.Module, Encoder, Precision]:
+    """A run folder, an exported folder of either form, or a model's folder or name: the model in eval mode, its
+    encoder, and what its products need. checkpoint: of a run (None: the latest)."""
+    if Path(name, "config.yaml").is_file():
+        loaded = load_run(Path(name), checkpoint or "latest")
+        return loaded.model, loaded.encoder, loaded.precision
+    return *_load_exported(Path(name), resolve_model(name)), "fp32"
 
 
 def _load_exported(folder: Path, path: str) -> tuple[torch.nn.Module, Encoder]:

@@ -14,7 +14,7 @@ from vlmtune.config import load_config
 from vlmtune.prepare import largest_micro_batch, prepare
 from vlmtune.start import MIB
 
-SECTIONS = ["machine", "plan", "data", "start", "step", "checkpoint"]
+SECTIONS = ["machine", "plan", "model", "data", "start", "step", "checkpoint"]
 
 
 def findings(out: str) -> list[dict]:

@@ -52,8 +52,10 @@ def test_a_healthy_run_is_silent_and_a_leak_is_named(findings_of):
     assert 3.0 < float(found["evidence"].split(" MiB a step")[0].split()[-1]) < 6.0
 
 
-def test_late_data_is_named(findings_of, tmp_path):
-    """Photographs of four megapixels for a model that sees 64x48 of them, and nobody who decodes ahead."""
+def test_late_data_is_named(findings_of, tmp_path, monkeypatch):
+    """Photographs of four megapixels for a model that sees 64x48 of them, and nobody who decodes ahead; as if the run
+    were long."""
+    monkeypatch.setattr("vlmtune.checks.pace.WAITED_SECONDS", 0.0)
     noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
     content = [{"type": "image", "image": "large.png"}, {"type": "text", "text": "what is there"}]

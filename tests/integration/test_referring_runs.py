@@ -55,7 +55,7 @@ def test_heads_are_trained_with_everything_else_scored_resumed_exported_and_aske
         "box", "referring/mask", "referring/box", "referring/consistency",
     }  # fmt: skip
     metrics = json.loads((run / "summary.json").read_text())["metrics"]["val/referring"]
-    assert {"mask_iou", "head_iou", "accuracy"} <= set(metrics) and 0 <= metrics["mask_iou"]["after"] <= 1
+    assert {"mask_iou", "mask_oiou", "head_iou", "accuracy"} <= set(metrics) and 0 <= metrics["mask_iou"]["after"] <= 1
     whole = trained(run)
     assert "trained.safetensors:heads.mask.key.weight" in whole
     for step in (3, 4):

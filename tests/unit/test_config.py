@@ -133,6 +133,14 @@ def test_values_that_make_no_sense_are_refused(tree, expected):
     assert expected in complaint(SMALL | tree)
 
 
+def test_what_is_retained_is_held_out():
+    """Its effect is in tests/integration/test_validate_command.py::test_forgetting_is_told_and_ends_with_1."""
+    tree = SMALL | {"evaluate": {"retain": ["old"]}}
+    assert "evaluate.retain: old is no group of data.eval (none)" in complaint(tree)
+    held_out = SMALL["data"] | {"eval": {"old": [{"path": "c.jsonl"}]}}
+    assert parse_config(tree | {"data": held_out}, "config.yaml").evaluate.retain == ["old"]
+
+
 def test_overrides_reach_leaves_lists_and_new_sections(written):
     config = load_config(
         written,

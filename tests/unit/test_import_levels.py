@@ -42,6 +42,13 @@ LEVELS = (
         "arms",
         "trial",
         "compare",
+        "card",
+        "fresh",
+        "questions",
+        "quantised",
+        "validated",
+        "validate",
+        "align",
     ),
     ("cli", "__main__"),
 )
@@ -80,7 +87,17 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         *(("prepare", other) for other in ("build", "build_course", "build_loss", "config", "start")),
         *(
             ("check", other)
-            for other in ("build", "build_course", "build_loss", "check_data", "config", "prepare", "start", "use")
+            for other in (
+                "build",
+                "build_course",
+                "build_loss",
+                "check_data",
+                "config",
+                "failure",
+                "prepare",
+                "start",
+                "use",
+            )  # fmt: skip
         ),
         ("run", "prepare"),
         ("run", "view"),
@@ -95,6 +112,29 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("composition", "build"),
         *(("stages", other) for other in ("build", "build_course", "build_loss", "config", "export", "run")),
         *(("replay", other) for other in ("build", "build_course", "build_loss", "config", "failure")),
+        ("composition", "config"),
+        ("card", "config"),
+        ("export", "card"),
+        *(("fresh", other) for other in ("build", "config", "use")),
+        *(("questions", other) for other in ("build", "config", "use")),
+        *(("quantised", other) for other in ("build", "config")),
+        *(
+            ("validate", other)
+            for other in (
+                "build",
+                "build_course",
+                "card",
+                "check",
+                "config",
+                "export",
+                "fresh",
+                "quantised",
+                "questions",
+                "use",
+                "validated",
+            )
+        ),
+        *(("align", other) for other in ("build", "config", "samples", "use")),
         ("doctor", "failure"),
         ("doctor", "replay"),
         *(("arms", other) for other in ("build", "build_course", "build_loss", "config")),

@@ -20,7 +20,7 @@ from vlmtune.models.vocabulary import NewTokens
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import build_adamw, usable_here
 from vlmtune.optim.precision import autocast
-from vlmtune.types import Batch
+from vlmtune.types import Batch, VlmtuneError
 
 Rules = Sequence[tuple[str, Policy]]
 
@@ -55,6 +55,9 @@ def count_step(
         inputs = [torch.empty(value.shape, dtype=value.dtype) for value in batch.inputs.values()]
         watch = _Watch(ledger, model, plan)
         saved = _forward_backward(ledger, watch, VLM(model), objective, batch, weights, settings)
+        idle = [rule for rule, parameters in plan.groups().items() if all(p.grad is None for p in parameters)]
+        if idle:  # text alone reaches neither vision nor projector
+            raise VlmtuneError(f"the batch gives no gradient to {', '.join(idle)}.")
         ledger.item, ledger.place = "update", "clip"
         clip_gradients(plan.groups(), 1.0)
         state, host = _update(ledger, plan, settings)

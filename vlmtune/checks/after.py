@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtune.checks.pace import WAITED
+from vlmtune.checks.pace import WAITED, WAITED_SECONDS
 from vlmtune.types import Finding
 
 Records = Sequence[Mapping[str, Any]]
@@ -22,6 +22,7 @@ LITTLE_TO_LEARN = 0.01  # of the tokens carry loss
 FEW = 8  # records before a trend means something
 FELL, ROSE = 0.02, 0.10  # of the loss
 OVERFIT = 0.2  # above its lowest, while the training loss fell on
+WORSE, WORSE_BY = 0.1, 0.05  # of the loss before training, and nats besides: small losses waver
 SKIPPED = 0.05  # of the steps
 HUGE_WEIGHT = 1e3  # with inputs of 1, 66 such weights add up to more than float16 holds
 HUGE_GRADIENT = 1e3  # times the median over all tensors
@@ -32,13 +33,14 @@ EIGHTHS = "▁▂▃▄▅▆▇█"
 
 
 def data_findings(composition: Records, dropped: int, history: Records) -> list[Finding]:
-    """composition: rows of composition.json; dropped: lines of dropped.jsonl."""
+    """composition: rows of composition.json, those left out not among them; dropped: how many those are."""
     return [*_left_out(composition, dropped), *_learnable(composition), *_read(composition, history)]
 
 
 def _left_out(composition: Records, dropped: int) -> Iterator[Finding]:
     rows = sum(row["rows"] or 0 for row in composition)
     if rows:
+        rows += dropped
         many = dropped > LEFT_OUT * rows
         remedy = "look into dropped.jsonl; raise data.max_length, or mend the rows" if many else ""
         yield Finding("warn" if many else "pass", "most rows are used", f"{dropped:,} of {rows:,} left out", remedy)
@@ -63,7 +65,7 @@ def _read(composition: Records, history: Records) -> Iterator[Finding]:
     read = next((record["sources"] for record in reversed(history) if record.get("sources")), None)
     if read is None:
         return
-    never = [row["source"] for row in composition if row["samples"] and not read.get(row["source"])]
+    never = [row["source"] for row in composition if not read.get(row["source"])]
     what = "every source was read"
     if never:
         yield Finding("warn", what, f"not one sample of {', '.join(never)} yet", "train longer, or raise its weight")
@@ -151,10 +153,11 @@ def _waiting(train: Records) -> Iterator[Finding]:
     waits = [record["data_wait"] for record in train[1:]]
     if len(waits) < FEW:
         return
-    share = statistics.median(waits)
-    what, evidence = "data is there in time", f"{share:.0%} of the time is spent waiting for it"
-    remedy = "" if share < WAITED else "raise data.workers, or lower data.max_pixels"
-    yield Finding("pass" if share < WAITED else "warn", what, evidence, remedy)
+    share, seconds = statistics.median(waits), train[-1]["seconds"]
+    what, evidence = "data is there in time", f"{share:.0%} of {seconds:,.0f} s is spent waiting for it"
+    is_slow = share >= WAITED and share * seconds >= WAITED_SECONDS
+    remedy = "raise data.workers, or lower data.max_pixels" if is_slow else ""
+    yield Finding("warn" if is_slow else "pass", what, evidence, remedy)
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -164,6 +167,27 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(EIGHTHS[min(7, int(8 * (value - low) / span))] for value in means)
+
+
+# ---- outcome -------------------------------------------------------------------------------------------------------
+
+
+def outcome_findings(metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Finding]:
+    """metrics: of summary.json, "group/task" -> metric -> before and after."""
+    losses = {
+        place: (values["loss"]["before"], values["loss"]["after"])
+        for place, values in metrics.items()
+        if None not in (values.get("loss", {}).get("before"), values.get("loss", {}).get("after"))
+    }
+    if not losses:
+        return []
+    what = "no held-out task got worse"
+    worse = {place: pair for place, pair in losses.items() if pair[1] > (1 + WORSE) * pair[0] + WORSE_BY}
+    if worse:
+        shown = ", ".join(f"{place} {before:.3g} -> {after:.3g}" for place, (before, after) in worse.items())
+        remedy = "mix old data in (replay), lower the rates, use LoRA where it trains in full, or train shorter"
+        return [Finding("warn", what, f"the loss rose: {shown}", remedy)]
+    return [Finding("pass", what, f"{len(losses)} losses, before and after")]
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ def initial_findings(
     """
     findings = [*_zeros(plan), *_kaiming(plan), *_drawn_anew(model, plan), *_norms(model), *_new_rows(model, plan)]
     findings.append(_not_shrunk(model, vocabulary))
+    if findings[-1].level == "fail":  # an id without a row ends every forward pass
+        return findings
     changes_base = any(_has_own_start(plan, name) for name in _adapter_tensors(plan, "lora_A"))
     if inputs is not None and plan.adapters and not changes_base:
         findings.append(_identity(model, inputs))

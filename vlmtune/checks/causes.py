@@ -47,13 +47,14 @@ def rank_causes(
     scale: float = 1.0,
     lr: Mapping[str, float] | None = None,
     finite_without_scale: bool | None = None,
+    grown: Mapping[str, float] | None = None,
 ) -> list[Finding]:
     """Causes, the most probable first; at least one.
 
     origin: of `first_nonfinite` (None: the rerun was finite); inputs: of `examine_inputs`; norm_history: of the steps
     before, oldest first, rule -> gradient norm, with "total"; loss_history: their losses; precision: fp32, bf16 or
     fp16; scale: of the loss; lr: rule -> learning rate of this step; finite_without_scale: whether the same micro-batch
-    is finite with a scale of 1 (None: not tried).
+    is finite with a scale of 1 (None: not tried); grown: tensors with a weight above `GROWN` -> that weight.
     """
     if origin is None:
         evidence = "the same batch with the same weights and random state is finite"
@@ -63,7 +64,7 @@ def rank_causes(
     causes = [
         *chain(*((weights, data) if origin.kind == "weights" else (data, weights))),
         *_by_scale(origin, precision, scale, finite_without_scale),
-        *_by_range(origin),
+        *_by_range(origin, bool(norm_history), grown or {}),
         *_by_rising_norms(origin, norm_history, loss_history, lr or {}),
         *_by_operation(origin),
     ]
@@ -107,17 +108,24 @@ def _by_scale(origin: Origin, precision: str, scale: float, finite_without_scale
         yield Finding("fail", "the loss scale is too large for this batch", evidence, remedy)
 
 
-def _by_range(origin: Origin) -> Iterator[Finding]:
+def _by_range(origin: Origin, has_trained: bool, grown: Mapping[str, float]) -> Iterator[Finding]:
+    """has_trained: whether a step came before: without one no weight has grown."""
     if origin.kind not in ("forward", "gradient") or origin.broken:
         return
     went_in = f"the largest value that went in is {_number(origin.largest)}"
     weight = "" if origin.weight is None else f", its largest weight {_number(origin.weight)}"
-    if origin.weight is not None and origin.weight > GROWN:
-        remedy = (
-            "lower the lr of this part in a new run, or continue this one with stability.nonfinite=rewind, which goes "
-            "back a checkpoint and lowers all rates"
-        )
+    remedy = (
+        "lower the lr of this part in a new run, or continue this one with stability.nonfinite=rewind, which goes "
+        "back a checkpoint and lowers all rates"
+    )
+    if has_trained and origin.weight is not None and origin.weight > GROWN:
         yield Finding("fail", f"weights of {origin.module} have grown", f"{went_in}{weight}", remedy)
+    elif has_trained and grown:  # it computes with no weight of its own, but with what those made
+        name = max(grown, key=grown.__getitem__)
+        evidence = (
+            f"{len(grown)} tensors have a weight above {GROWN:g}, the largest is {_number(grown[name])} in {name}"
+        )
+        yield Finding("fail", "weights have grown", evidence, remedy)
     if origin.dtype == "float16":
         wide = "" if origin.wide is None else f"; in float32 its result reaches {_number(origin.wide)}"
         evidence = f"float16 ends at {FLOAT16_LIMIT}, {went_in}{weight}{wide}"

@@ -134,7 +134,10 @@ def _pixels(
     flat = {picture.name: colour for picture in whole if (colour := _one_colour(picture, mean, std))}
     if broken:
         seen = "; ".join(f"{picture.name}: {broken_values(picture.values)}" for picture in broken)
-        yield Finding("fail", PIXELS, seen, "open that file and mend it, or leave its row out")
+        remedy = "open that file and mend it, or leave its row out"
+        if not whole and len(pictures) > 1:
+            remedy = "check rescale and normalisation in the image processor's settings: no picture came through"
+        yield Finding("fail", PIXELS, seen, remedy)
     if far:
         worst = max(far, key=lambda picture: largest_finite(picture.values))
         evidence = f"{worst.name} reaches {largest_finite(worst.values):.4g}, black and white end at {limit:.3g}"
@@ -150,7 +153,7 @@ def _pixels(
 
 def _limit(mean: Sequence[float] | None, std: Sequence[float] | None) -> float:
     """Largest magnitude of a normalised pixel between black and white."""
-    if mean is None or std is None:
+    if mean is None or std is None or 0 in std:
         return EXTREME
     return OVERSHOOT * max(max(m / s, (1 - m) / s) for m, s in zip(mean, std, strict=True))
 

@@ -13,6 +13,7 @@ from vlmtune.types import Finding
 
 PART = 20  # steps that are judged together
 WAITED = 0.3  # of the time of a part: then data is late; said again after it was below half of that
+WAITED_SECONDS = 60.0  # in the whole run, as it goes now: a wait that nobody notices is none
 SLOWER = 0.5  # of the usual tokens per second, in two parts in a row; neighbours on a machine cost 20 to 30 %
 PARTS = 3  # before "usual" means something
 IDLE = 0.3  # of the time the GPU computes, while data is not late
@@ -27,6 +28,7 @@ class PaceWatch:
 
     def __init__(self) -> None:
         self._late = self._slow = self._idle = False
+        self._waited_in_all = 0.0
         self.begin()
 
     def begin(self) -> None:
@@ -41,26 +43,30 @@ class PaceWatch:
         self._waited = self._seconds = 0.0
         self._busy: list[float] = []
 
-    def observe(self, waited: float, seconds: float, tokens: int, busy: float | None = None) -> list[Finding]:
-        """Of the next step: seconds of waiting for data, seconds in all, tokens, and the share of time in which the GPU
-        computes (None where nobody measures it)."""
+    def observe(
+        self, waited: float, seconds: float, tokens: int, steps_left: int, busy: float | None = None
+    ) -> list[Finding]:
+        """Of the next step: seconds of waiting for data, seconds in all, tokens, steps that follow, and the share of
+        time in which the GPU computes (None where nobody measures it)."""
         if not self._left_out:
             self._left_out = True
             return []
         self._steps += 1
         self._tokens += tokens
         self._waited += waited
+        self._waited_in_all += waited
         self._seconds += seconds
         self._busy += [] if busy is None else [busy]
         if self._steps < PART or self._seconds <= 0:
             return []
-        found = [self._judge_waiting(), self._judge_speed(), self._judge_device()]
+        found = [self._judge_waiting(steps_left), self._judge_speed(), self._judge_device()]
         self._clear()
         return [finding for finding in found if finding is not None]
 
-    def _judge_waiting(self) -> Finding | None:
-        share = self._waited / self._seconds
-        said, self._late = self._late, share > (WAITED / 2 if self._late else WAITED)
+    def _judge_waiting(self, steps_left: int) -> Finding | None:
+        share, expected = self._waited / self._seconds, self._waited_in_all + self._waited / PART * steps_left
+        said = self._late
+        self._late = share > (WAITED / 2 if said else WAITED) and expected > WAITED_SECONDS
         if said or not self._late:
             return None
         return Finding(

@@ -23,6 +23,7 @@ TOO_HIGH, TOO_LOW = 10.0, 0.01  # times what is usual: in benchmarks/stability t
 LONG_WARMUP = 0.3  # of the run
 CLIP = (1e-3, 10.0)
 EPOCHS = 10.0
+CUT = 0.1  # of the held-out replies may be longer than what is generated
 ALPHA_PER_RANK = (0.25, 8.0)
 DECAY = 0.3
 
@@ -32,7 +33,8 @@ class Course:
     """What a run is told, in plain values.
 
     warmup: rule -> steps, of rules that train in full; clips: all limits of gradient norms; epochs: source -> how often
-    the run reads it; held_out: groups that are evaluated; checkpoint_every: steps.
+    the run reads it; held_out: groups that are evaluated; checkpoint_every, evaluate_every: steps; batch: samples of
+    an optimizer step; rows: of all sources, None where one has no end.
     """
 
     steps: int
@@ -41,6 +43,9 @@ class Course:
     epochs: Mapping[str, float]
     held_out: Sequence[str]
     checkpoint_every: int
+    evaluate_every: int | None
+    batch: int
+    rows: int | None
     precision: Precision
     is_on_cpu: bool
     has_fast_bf16: bool
@@ -54,6 +59,7 @@ def settings_findings(
     return [
         *_rates(rows), _warmup(course), _clip(course.clips), *_decay(rows), *_lora(policies), *_ranks(parameters),
         _precision(course), *_epochs(course.epochs), _held_out(course.held_out), _checkpoints(course),
+        *_evaluations(course), *_batches(course),
     ]  # fmt: skip
 
 
@@ -160,6 +166,12 @@ def _precision(course: Course) -> Finding:
 
 
 def _epochs(epochs: Mapping[str, float]) -> Iterable[Finding]:
+    never = [name for name, count in epochs.items() if count == 0]
+    if never:
+        yield Finding(
+            "warn", "every source is read", f"not one sample of {', '.join(never)} in the whole run",
+            "raise its weight, or train longer",
+        )  # fmt: skip
     many = {name: count for name, count in epochs.items() if count > EPOCHS}
     if many:
         shown = ", ".join(f"{name} {count:.0f} times" for name, count in many.items())
@@ -178,6 +190,40 @@ def _held_out(groups: Sequence[str]) -> Finding:
             "warn", what, "no: data.eval is empty", "add a group to data.eval, or nobody will know what was learned"
         )
     return Finding("pass", what, ", ".join(groups))
+
+
+def _evaluations(course: Course) -> Iterable[Finding]:
+    if course.evaluate_every is not None:
+        what, every = "held-out data is looked at on the way", course.evaluate_every
+        if every >= course.steps:
+            remedy = "lower evaluate.every: best checkpoint and patience need evaluations during the run"
+            yield Finding("warn", what, f"no: every {every:,} steps, and the run has {course.steps:,}", remedy)
+        else:
+            yield Finding("pass", what, f"every {every:,} of {course.steps:,} steps")
+
+
+def _batches(course: Course) -> Iterable[Finding]:
+    if course.rows is None:
+        return
+    what, evidence = "a batch holds no row twice", f"{course.batch} samples of {course.rows:,} rows"
+    if course.batch > course.rows:
+        yield Finding("warn", what, f"it does: {evidence}", "lower train.batch_size, or use more data")
+    else:
+        yield Finding("pass", what, evidence)
+
+
+def generation_finding(replies: Sequence[int], longest: int) -> Finding:
+    """Whether held-out replies can be generated to their ends. replies: tokens of some, end of turn included; longest:
+    evaluate.max_new_tokens."""
+    what = "replies can be generated to their ends"
+    cut = sum(tokens > longest for tokens in replies)
+    evidence = (
+        f"evaluate.max_new_tokens is {longest}, the longest of {len(replies)} held-out replies has {max(replies)}"
+    )
+    if cut > CUT * len(replies):
+        remedy = f"raise evaluate.max_new_tokens to {max(replies)}: metrics of replies that are cut mean nothing"
+        return Finding("warn", what, f"{cut} of {len(replies)} cannot: {evidence}", remedy)
+    return Finding("pass", what, evidence)
 
 
 def _checkpoints(course: Course) -> Finding:

@@ -122,6 +122,9 @@ class Evaluate(Strict):
     samples_every: SomeLength | None = Field(
         None, description="steps, epochs or samples between two replies to those (default: at every evaluation)"
     )
+    retain: list[Name] = Field(
+        default_factory=list, description="groups of data.eval that hold what the base could do (vlmtune validate)"
+    )
 
     @model_validator(mode="after")
     def _samples_are_generated(self) -> Evaluate:

@@ -47,6 +47,14 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def _retained_is_held_out(self) -> Config:
+        for group in self.evaluate.retain:
+            if group not in self.data.eval:
+                known = ", ".join(self.data.eval) or "none"
+                raise ValueError(f"evaluate.retain: {group} is no group of data.eval ({known})")
+        return self
+
+    @model_validator(mode="after")
     def _can_stop_early(self) -> Config:
         if self.checkpoint.patience is not None and not (self.data.eval and self.evaluate.every):
             raise ValueError("checkpoint.patience counts evaluations; set data.eval and evaluate.every")

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +19,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vlmtune.data.encode import Encoder
+from vlmtune.data.habits import Traits, asked_digests, traits_of
 from vlmtune.data.images import load_image
 from vlmtune.data.loader import start_worker
 from vlmtune.data.sources import FileSource
+from vlmtune.data.suspicions import box_suspicions, image_suspicions, text_suspicions
 from vlmtune.types import Boxes, ImageRef, Sample, VlmtuneError
 
 Severity = Literal["error", "warning"]
@@ -37,10 +40,26 @@ CODES: dict[str, tuple[Severity, str]] = {
     "image_empty": ("error", "an image has zero bytes"),
     "image_corrupt": ("error", "an image cannot be decoded to its end"),
     "image_bomb": ("error", "an image has more pixels than any honest picture"),
+    "box_order": ("error", "a box is not two corners: x1 <= x2 and y1 <= y2"),
+    "box_fraction": ("error", "a box in fractions of the image, where pixels are meant"),
+    "boxes_turned": ("error", "boxes of a source are those of pictures before EXIF turned them"),
+    "boxes_swapped": ("error", "boxes of a source have x and y exchanged"),
+    "boxes_thousandths": ("error", "boxes of a source are thousandths, where pixels are meant"),
+    "boxes_scaled": ("error", "boxes of a source are those of a copy of another size"),
     "box_outside": ("error", "a box or point is not inside its image"),
+    "image_in_reply": ("error", "an image stands in a reply"),
     "unencodable": ("error", "the model's processor, template or coordinates refuse the sample"),
     "too_long": ("error", "the sample has more tokens than data.max_length"),
     "leak": ("error", "a held-out sample is in the training data too"),
+    "boxes_corner": ("warning", "all boxes of a source lie in the upper left corner"),
+    "roles_swapped": ("warning", "the roles of a source seem to be exchanged"),
+    "replies_alike": ("warning", "nearly all replies of a source are the same"),
+    "reply_told": ("warning", "questions of a source hold their own replies"),
+    "contradiction": ("warning", "the same question about the same pictures has another short reply"),
+    "text_broken": ("warning", "text was read in another encoding"),
+    "text_marker": ("warning", "text looks like a control token"),
+    "box_text": ("warning", "a box stands in a reply as text"),
+    "image_blank": ("warning", "an image is of one colour"),
     "leak_image": ("warning", "a held-out image is in the training data too, with another conversation"),
     "duplicate_row": ("warning", "the same conversation about the same pixels twice"),
     "duplicate_image": ("warning", "the same pixels in two files"),
@@ -48,7 +67,11 @@ CODES: dict[str, tuple[Severity, str]] = {
     "image_tiny": ("warning", f"a side of an image has less than {TINY_SIDE} pixels"),
     "box_flat": ("warning", "a box has no width or no height"),
 }
-"""code -> (severity, what it means). An error stops training, or makes it learn or measure something wrong."""
+"""code -> (severity, what it means). An error stops training, or makes it learn or measure something wrong. Where a
+cause and what it leads to are both found, the cause comes first."""
+
+OF_SOURCES = ("boxes_turned", "boxes_swapped", "boxes_thousandths", "boxes_scaled", "leak")
+"""Errors that are no matter of a single row, so that none can be left out for them."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +103,16 @@ class CheckedImage:
 @dataclass(frozen=True)
 class CheckedRow:
     """tokens: of the sample, images included, None if it cannot be encoded; content: digest of turns and pixels, None
-    if an image or the row is unreadable; images: those that decoded."""
+    if an image or the row is unreadable; images: those that decoded; traits: for what rows have in common, asked:
+    `habits.asked_digests`, both as content."""
 
     row: int
     findings: tuple[RowFinding, ...]
     tokens: int | None = None
     content: bytes | None = None
     images: tuple[CheckedImage, ...] = ()
+    traits: Traits | None = None
+    asked: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -128,13 +154,17 @@ class RowCheck:
                 continue
             decoded.append(image)
             images.append(CheckedImage(image.size, _digest_of_pixels(image), _digest_of_file(reference)))
-            found += _shape_findings(image.size, f"{where}: image {number}{_called(reference)}")
-        found += _flat_boxes(sample, where)
+            what = f"{where}: image {number}{_called(reference)}"
+            found += [*_shape_findings(image.size, what), *image_suspicions(image, what)]
+        found += [*_flat_boxes(sample, where), *box_suspicions(sample, where)]
+        found += text_suspicions(sample, self._markers, where)
 
         is_whole = len(decoded) == len(sample.images)
-        tokens = content = None
+        tokens = content = traits = asked = None
         if is_whole:
             content = _digest_of_content(sample, images)
+            traits = traits_of(sample, [image.size for image in images])
+            asked = asked_digests(sample, [image.pixels for image in images])
             tokens, complaint = self._encode(sample, decoded, where)
             found += [complaint] if complaint else []
         if tokens is not None and self.max_length is not None and tokens > self.max_length:
@@ -147,7 +177,13 @@ class RowCheck:
                 )
             )
         findings = tuple(self._finding(index, sample.origin, sample.id, *entry) for entry in found)
-        return CheckedRow(index, findings, tokens, content, tuple(images))
+        return CheckedRow(index, findings, tokens, content, tuple(images), traits, asked)
+
+    @cached_property
+    def _markers(self) -> list[str]:
+        """Control tokens of the tokenizer that nobody types by chance."""
+        added = self.encoder.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special and len(token.content) > 2]
 
     def _encode(
         self, sample: Sample, decoded: list[Image.Image], where: str

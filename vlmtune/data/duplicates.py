@@ -1,7 +1,7 @@
 """Rows and images that occur twice, in one split or in training and held-out data, from 16-byte digests (SPEC H1).
 
 Exact duplicates only: the same turns, the same pixels after decoding. A picture that was resized or compressed anew is
-another picture. Memory: 28 bytes per row and 44 per image, however large they are, and a few times that to compare.
+another picture. Memory: 72 bytes per row and 44 per image, however large they are, and a few times that to compare.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ TRAIN = "train"
 SENTENCES = {
     "duplicate_row": "{here}: the same conversation about the same pixels as {first}; remove one of them.",
     "leak": "{here}: this held-out sample is in the training data, {first}; remove it from one of them.",
+    "contradiction": "{here}: the same question about the same pictures as {first}, with another reply; which is true?",
     "duplicate_image": "{here}: an image of it has the same pixels as another file, of {first}; check which is meant.",
     "leak_image": "{here}: an image of it is in the training data, {first}; hold out all samples of an image.",
 }
@@ -75,12 +76,14 @@ class Duplicates:
         self._sources = sources
         names = list(dict.fromkeys([TRAIN, *(source.split for source in sources)]))
         self._split_of = np.array([names.index(source.split) for source in sources], dtype=np.uint64)
-        self._contents, self._images = _Seen(), _Seen()
+        self._contents, self._images, self._asked = _Seen(), _Seen(), _Seen()
 
     def add(self, source: int, checked: CheckedRow) -> None:
         """source: its number in the list of sources."""
         if checked.content is not None:
             self._contents.add(checked.content, source, checked.row)
+        if checked.asked is not None:
+            self._asked.add(checked.asked, source, checked.row)
         for image in checked.images:
             self._images.add(image.pixels + image.file, source, checked.row)
 
@@ -89,7 +92,7 @@ class Duplicates:
 
         VlmtuneError: a row that could be read a moment ago cannot be read any more.
         """
-        contents, images = self._contents, self._images
+        contents, images, asked = self._contents, self._images, self._asked
         found = [
             (contents.place(twice.again), "leak" if twice.leaks else "duplicate_row", contents.place(twice.first))
             for twice in self._same_contents()
@@ -100,6 +103,7 @@ class Duplicates:
             for twice in self._same_pixels()
             if images.place(twice.again) not in whole
         ]
+        found += [(asked.place(again), "contradiction", asked.place(first)) for first, again in self._other_replies()]
         for entry in sorted(set(found)):
             yield self._finding(*entry)
 
@@ -114,6 +118,15 @@ class Duplicates:
         kept = np.flatnonzero(first_equal(np.column_stack([digests, split])) == np.arange(len(split)))
         for twice in _repeated(digests[kept, : DIGEST // 8], split[kept]):
             yield _Twice(int(kept[twice.first]), int(kept[twice.again]), twice.leaks)
+
+    def _other_replies(self) -> Iterator[tuple[int, int]]:
+        """Positions of a question and of the same one with another reply, in one split."""
+        digests = self._asked.digests(2 * DIGEST)
+        split = self._split_of[self._asked.sources()]
+        first = first_equal(np.column_stack([digests[:, : DIGEST // 8], split]))
+        reply = digests[:, DIGEST // 8 :]
+        for position in np.flatnonzero((reply != reply[first]).any(axis=1)):
+            yield int(first[position]), int(position)
 
     def _finding(self, here: tuple[int, int], code: str, first: tuple[int, int]) -> RowFinding:
         sample, other = self._sample(here), self._sample(first)

@@ -44,6 +44,12 @@ def image_size(source: Path | bytes, where: str) -> tuple[int, int]:
     return _opened(source, where, upright)
 
 
+def is_quarter_turned(source: Path | bytes) -> bool:
+    """Whether EXIF turns this image by 90 degrees, so that width and height are exchanged. It must be decodable."""
+    with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        return image.getexif().get(ORIENTATION) in QUARTER_TURNS
+
+
 MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -85,7 +91,7 @@ def _opened(source: Path | bytes, where: str, read: Callable[[Image.Image], T]) 
     except FileNotFoundError as error:
         raise VlmtuneError(f"{where}: image {name} does not exist.", code="image_missing") from error
     except Exception as error:  # Pillow's readers raise whatever the damage leads to: struct.error, IndexError, …
-        code, why = ("image_empty", "it is empty") if _is_empty(source) else ("image_corrupt", error)
+        code, why = ("image_empty", "it is empty") if _is_empty(source) else ("image_corrupt", _kind(source, error))
         raise VlmtuneError(
             f"{where}: image {name} cannot be decoded ({why}); replace or remove it.", code=code
         ) from error
@@ -93,6 +99,23 @@ def _opened(source: Path | bytes, where: str, read: Callable[[Image.Image], T]) 
 
 def _is_empty(source: Path | bytes) -> bool:
     return not source if isinstance(source, bytes) else source.stat().st_size == 0
+
+
+def _kind(source: Path | bytes, error: Exception) -> str:
+    """What a file is that is no image, where its beginning tells; otherwise what the reader says, its error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(error)  # a folder, or a file that may not be read
+    if isinstance(source, bytes):
+        start = source[:256]
+    else:
+        with source.open("rb") as file:
+            start = file.read(256)
+    start = start.lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, what a failed download leaves"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the picture; run git lfs pull"
+    return str(error)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

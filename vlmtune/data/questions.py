@@ -78,21 +78,34 @@ def what_is_at(scene: Scene, names: Sequence[str], random: Random) -> Question:
 
 def exists(scene: Scene, names: Sequence[str], random: Random) -> Question:
     if random.random() < 0.5:
-        return _ask("exists", "object", f"Any {random.choice(scene.objects).name}?", "yes")
-    return _ask("exists", "object", f"Any {_absent_name(scene, names, random)}?", "no")
+        return existence_of(scene, random.choice(scene.objects).name)
+    return existence_of(scene, _absent_name(scene, names, random))
+
+
+def existence_of(scene: Scene, name: str) -> Question:
+    """Is there one? yes or no."""
+    is_there = any(thing.name == name for thing in scene.objects)
+    return _ask("exists", "object", f"Any {name}?", "yes" if is_there else "no")
 
 
 # Attribute: what it is like.
 
 
 def kind_at(scene: Scene, names: Sequence[str], random: Random) -> Question:
-    thing = random.choice(scene.objects)
+    return kind_of(random.choice(scene.objects))
+
+
+def kind_of(thing: SceneObject) -> Question:
     return _ask("kind_at", "attribute", f"What kind is {thing.where}?", thing.kind)
 
 
 def count(scene: Scene, names: Sequence[str], random: Random) -> Question:
     present = [thing.name for thing in scene.objects]
-    name = max(present, key=present.count)
+    return count_of(scene, max(present, key=present.count))
+
+
+def count_of(scene: Scene, name: str) -> Question:
+    present = [thing.name for thing in scene.objects]
     return _ask("count", "attribute", f"How many {name}?", str(present.count(name)))
 
 
@@ -100,7 +113,11 @@ def larger(scene: Scene, names: Sequence[str], random: Random) -> Question | Non
     things = _single(scene)
     if len(things) < 2:
         return None
-    one, other = random.sample(things, 2)
+    return larger_of(*random.sample(things, 2))
+
+
+def larger_of(one: SceneObject, other: SceneObject) -> Question | None:
+    """The name of the larger one, where it is clearly so."""
     small, large = sorted((one, other), key=lambda thing: thing.area)
     if large.area < CLEARLY_LARGER * small.area:
         return None
@@ -130,8 +147,17 @@ def related(scene: Scene, names: Sequence[str], random: Random) -> Question | No
     low, high = sorted(random.sample(things, 2), key=lambda thing: thing.centre[axis])
     if high.centre[axis] - low.centre[axis] < CLEAR_MARGIN:
         return None
-    answer = random.choice(("yes", "no"))
-    first, second = (low, high) if answer == "yes" else (high, low)
+    first, second = (low, high) if random.choice(("yes", "no")) == "yes" else (high, low)
+    return relation_of(first, relation, second)
+
+
+def relation_of(first: SceneObject, relation: str, second: SceneObject) -> Question | None:
+    """Is the first one left of (above) the second? yes or no, where it is clearly so. relation: one of AXES."""
+    axis = AXES[relation]
+    ahead = second.centre[axis] - first.centre[axis]
+    if abs(ahead) < CLEAR_MARGIN:
+        return None
+    answer = "yes" if ahead > 0 else "no"
     return _ask(relation.replace(" ", "_"), "relation", f"Is {first.name} {relation} {second.name}?", answer)
 
 
@@ -190,7 +216,11 @@ def find_present(scene: Scene, names: Sequence[str], random: Random) -> Question
 
 
 def what_is_in(scene: Scene, names: Sequence[str], random: Random) -> Question:
-    thing = random.choice(scene.objects)
+    return name_of(random.choice(scene.objects))
+
+
+def name_of(thing: SceneObject) -> Question:
+    """What is in this region?"""
     prompt = (Text("What is in "), Boxes((thing.box,), region=True), Text("?"))
     return Question("what_is_in", "object", prompt, Text(thing.name), (thing.box,))
 

@@ -359,9 +359,13 @@ def _image_number(part: dict, what: str, place: str, ids: list[str | None]) -> i
 
 def _boxes(values: list, place: str) -> tuple:
     for value in values:
-        if not _are_numbers(value, 4) or value[0] > value[2] or value[1] > value[3]:
+        if not _are_numbers(value, 4):
+            raise VlmtuneError(f"{place}: box {str(value)[:80]} is not [x1, y1, x2, y2] in pixels.")
+        if value[0] > value[2] or value[1] > value[3]:
             raise VlmtuneError(
-                f"{place}: box {str(value)[:80]} is not [x1, y1, x2, y2] in pixels with x1 <= x2 and y1 <= y2."
+                f"{place}: box {str(value)[:80]} is not [x1, y1, x2, y2] in pixels with x1 <= x2 and y1 <= y2; if it "
+                "is x, y, width, height, as in COCO, add x and y to the last two.",
+                code="box_order",
             )
     return tuple(tuple(float(v) for v in value) for value in values)
 
@@ -508,7 +512,11 @@ def _check_turns(sample: Sample, where: str) -> None:
                 code="reply_empty",
             )
         if turn.role == "assistant" and any(isinstance(p, ImageRef) for p in turn.parts):
-            raise VlmtuneError(f"{where}: message {number} puts an image into an assistant reply; move it to the user.")
+            raise VlmtuneError(
+                f"{where}: message {number} puts an image into an assistant reply; move it to the user, or are user "
+                "and assistant exchanged?",
+                code="image_in_reply",
+            )
 
 
 def _check_places(sample: Sample, where: str) -> None:

@@ -21,7 +21,10 @@ from vlmtune.data.layout import SIZE, Background, Scene, SceneObject, arrange, c
 from vlmtune.data.questions import VQA_FORMS, Question
 from vlmtune.types import Box, Boxes, ImageRef, Sample, Turn, VlmtuneError
 
-__all__ = ["TASKS", "SceneRecipe", "concept_names", "draw_background", "draw_objects", "draw_writing", "object_mask"]
+__all__ = [
+    "TASKS", "SceneRecipe", "concept_names", "draw_background", "draw_objects", "draw_writing", "object_mask",
+    "scene_sample",
+]  # fmt: skip
 
 TASKS = ("caption", "vqa", "ocr", "grounding", "referring")
 CHAT_TASKS = ("vqa", "grounding", "referring")  # tasks that have several questions about one scene
@@ -94,17 +97,7 @@ class SceneRecipe:
             background, objects = scene.background, scene.objects
             image = draw_objects(draw_background(background), objects)
             further = self._ask_again(task, scene, question, turns - 1, random)
-        masks = {thing.box: object_mask(thing) for thing in objects}
-        chat = [Turn("user", (ImageRef(_png(image)), *question.prompt)), Turn("assistant", (question.reply,))]
-        for another in further:
-            chat += [Turn("user", another.prompt), Turn("assistant", (another.reply,))]
-        return Sample(
-            id=id,
-            turns=tuple(_with_masks(turn, masks) for turn in chat),
-            task=task,
-            origin=f"scenes:{id}",
-            meta=_meta(question, objects, background),
-        )
+        return _sample(id, task, image, [question, *further], objects, background)
 
     def question(self, task: str, index: int, split: Split) -> Question:
         """The question and reply of a sample, without drawing it."""
@@ -183,6 +176,34 @@ def _form(task: str, random: Random) -> questions.Form:
     """The question form of a task; for "vqa" a random one of a random level."""
     form = {"caption": questions.caption, "grounding": questions.find, "referring": questions.what_is_in}.get(task)
     return form or random.choice(VQA_FORMS[random.choice(list(VQA_FORMS))])
+
+
+def scene_sample(id: str, task: str, scene: Scene, question: Question) -> Sample:
+    """A question about a scene as a sample, as `SceneRecipe.sample` makes them."""
+    image = draw_objects(draw_background(scene.background), scene.objects)
+    return _sample(id, task, image, [question], scene.objects, scene.background)
+
+
+def _sample(
+    id: str,
+    task: str,
+    image: Image.Image,
+    asked: list[Question],
+    objects: tuple[SceneObject, ...],
+    background: Background,
+) -> Sample:
+    """One conversation about one image; `meta` is about the first question."""
+    masks = {thing.box: object_mask(thing) for thing in objects}
+    chat = [Turn("user", (ImageRef(_png(image)), *asked[0].prompt)), Turn("assistant", (asked[0].reply,))]
+    for another in asked[1:]:
+        chat += [Turn("user", another.prompt), Turn("assistant", (another.reply,))]
+    return Sample(
+        id=id,
+        turns=tuple(_with_masks(turn, masks) for turn in chat),
+        task=task,
+        origin=f"scenes:{id}",
+        meta=_meta(asked[0], objects, background),
+    )
 
 
 def is_val_string(text: str) -> bool:

@@ -22,6 +22,10 @@ def loads(text: bytes | str, where: str, remedy: str = "mend it") -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise VlmtuneError(f"{where}: not valid JSON (half a surrogate pair, \\ud800 to \\udfff); {remedy}.") from error
+    except UnicodeDecodeError as error:
+        raise VlmtuneError(
+            f"{where}: not valid JSON (byte {error.start} is not UTF-8); {remedy}, or save the file as UTF-8."
+        ) from error
     except RecursionError as error:
         raise VlmtuneError(f"{where}: not valid JSON (nested too deeply); {remedy}.") from error
     except ValueError as error:

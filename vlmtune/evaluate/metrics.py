@@ -101,8 +101,8 @@ def require_scorable(task: str, names: Sequence[str], samples: Sequence[Sample])
             )
     if task != "grounding" and set(names) & set(BOX_METRICS) and not any(map(_has_target_boxes, samples)):
         raise VlmtuneError(
-            f"{_few(names, BOX_METRICS)} of task {task!r} compares boxes, but no reply of its {len(samples)} held-out "
-            "samples has one; write boxes as typed parts, or take it out of evaluate.metrics."
+            f"{_few(names, BOX_METRICS)} of task {task!r}: no reply of its {len(samples)} held-out samples has a box "
+            "to compare with; write boxes as typed parts, or take it out of evaluate.metrics."
         )
     if "cider" in names and len(samples) < 2:
         raise VlmtuneError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -16,9 +17,8 @@ from vlmtune.errors import VlmtuneError
 ANLS_THRESHOLD = 0.5
 LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge_l": "rouge_score.rouge_scorer"}
 
-# Han, kana and Thai are written without spaces: a character stands for a word there, and every other run of letters
-# and digits, with its combining marks, is one.
-_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+")
+# Han, kana and Thai are written without spaces: a character stands for a word there.
+_WITHOUT_SPACES = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
 def normalised(text: str) -> str:
@@ -27,11 +27,15 @@ def normalised(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits; of scripts without spaces every character. Punctuation is left out.
+    """Lower-case runs of letters, their marks, and digits; of scripts without spaces every character.
 
-    On ASCII text these are the tokens of the rouge-score package (a test compares them).
+    Punctuation is left out. On ASCII text these are the tokens of the rouge-score package (a test compares them).
     """
-    return _WORD.findall(text.lower())
+    kept = (
+        letter if letter.isalnum() or unicodedata.category(letter).startswith("M") else " "
+        for letter in unicodedata.normalize("NFC", text.lower())
+    )  # fmt: skip
+    return _WITHOUT_SPACES.sub(r" \g<0> ", "".join(kept)).split()
 
 
 def exact_match(prediction: str, reference: str) -> float:

@@ -6,7 +6,7 @@ CPUs (see `guard_gradients`).
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -60,8 +60,8 @@ def quantisation_config(wish: Quantisation, linear_modules: Sequence[str]) -> Bi
     """
     require_bitsandbytes(f"store: {wish.storage}")
     others = [path for path in linear_modules if path not in set(wish.modules)]
-    if wish.storage == "int8":  # its products run in float16, which it says at every single one
-        warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
+    if wish.storage == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_says_something_new)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=others)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -70,6 +70,11 @@ def quantisation_config(wish: Quantisation, linear_modules: Sequence[str]) -> Bi
         bnb_4bit_compute_dtype=wish.compute,
         llm_int8_skip_modules=others,
     )
+
+
+def _says_something_new(record: logging.LogRecord) -> bool:
+    """Products of int8 weights run in float16, which bitsandbytes says at every single one."""
+    return "inputs will be cast" not in str(record.msg)
 
 
 def require_bitsandbytes(what: str) -> None:

@@ -49,7 +49,7 @@ class Health(Observer):
             found.append(self.device_memory.observe(used_bytes(self.device), free, left))
         if "skipped" not in metrics:
             busy = torch.cuda.utilization(self.device) / 100 if self._counts_busy else None
-            found += self.pace.observe(metrics["data_wait"], metrics["step_seconds"], metrics["tokens"], busy)
+            found += self.pace.observe(metrics["data_wait"], metrics["step_seconds"], metrics["tokens"], left, busy)
             found.append(self.rate.observe(*self._rates(step, state.lr_scale), left))
         for finding in found:
             if finding is not None:

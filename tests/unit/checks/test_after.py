@@ -13,6 +13,7 @@ from vlmtune.checks.after import (
     course_findings,
     data_findings,
     gradient_findings,
+    outcome_findings,
     sparkline,
     weight_findings,
 )
@@ -29,8 +30,8 @@ def odd(findings: list[Finding]) -> dict[str, tuple[str, str]]:
 def run(losses: list[float], held_out: dict[int, float] | None = None, **last) -> list[dict]:
     """A history with a record every 10 steps."""
     records = [
-        {"kind": "train", "step": 10 * (n + 1), "loss": loss, "data_wait": 0.02, "skipped": 0, "overflows": 0,
-         "lr_scale": 1.0, "sources": {"a.jsonl": 40 * (n + 1)}}
+        {"kind": "train", "step": 10 * (n + 1), "loss": loss, "data_wait": 0.02, "seconds": 60.0 * (n + 1),
+         "skipped": 0, "overflows": 0, "lr_scale": 1.0, "sources": {"a.jsonl": 40 * (n + 1)}}
         for n, loss in enumerate(losses)
     ]  # fmt: skip
     records[-1] |= last
@@ -51,7 +52,7 @@ def test_a_run_that_went_well():
 @pytest.mark.parametrize(
     ("row", "dropped", "what", "said"),
     [
-        ({}, 200, "most rows are used", "200 of 1,000 left out"),
+        ({}, 200, "most rows are used", "200 of 1,200 left out"),
         ({"supervised_tokens": 1.0}, 0, "there is something to learn in every source", "a.jsonl 0.5%"),
         ({"source": "b.jsonl"}, 0, "every source was read", "not one sample of b.jsonl"),
     ],
@@ -69,12 +70,17 @@ def test_what_is_wrong_with_the_data(row, dropped, what, said):
         (run(FALLING, {50: 1.0, 100: 0.9, 200: 1.5}), "the held-out loss follows", "warn", "lowest 0.9 at step 100"),
         (run(FALLING, skipped=30), "steps make updates", "fail", "30 of 200 steps made none"),
         (run(FALLING, overflows=30), "steps make updates", "fail", "30 of 200 steps made none"),
-        ([r | {"data_wait": 0.6} for r in run(FALLING)], "data is there in time", "warn", "60% of the time"),
+        ([r | {"data_wait": 0.6} for r in run(FALLING)], "data is there in time", "warn", "60% of 1,200 s"),
     ],
 )
 def test_what_is_wrong_with_the_course(history, what, level, said):
     found = odd(course_findings([], history, 200))
     assert list(found) == [what] and found[what][0] == level and said in found[what][1]
+
+
+def test_a_wait_of_seconds_is_none():
+    history = [r | {"data_wait": 0.6, "seconds": r["seconds"] / 20} for r in run(FALLING)]
+    assert odd(course_findings([], history, 200)) == {}
 
 
 def test_short_runs_are_not_judged_by_their_trend():
@@ -92,6 +98,19 @@ def test_findings_of_the_run_are_said_once_each():
     history = [*run(FALLING), told | {"step": 30}, told | {"step": 50}, told | {"step": 90}]
     found = odd(course_findings([], history, 200))
     assert found == {"in the run: the loss jumps": ("warn", "step 30 and 2 times more: 9 where it was 1")}
+
+
+@pytest.mark.parametrize(("after", "is_odd"), [(0.4, False), (1.1, False), (1.3, True)])
+def test_a_task_that_got_worse(after, is_odd):
+    metrics = {"old/vqa": {"loss": {"before": 1.0, "after": after}, "accuracy": {"before": 0.5, "after": 0.1}},
+               "new/vqa": {"loss": {"before": 2.0, "after": 0.5}}, "new/ocr": {"loss": {"after": 9.0}}}  # fmt: skip
+    found = odd(outcome_findings(metrics))
+    assert (list(found) == ["no held-out task got worse"]) == is_odd
+    assert not is_odd or "the loss rose: old/vqa 1 -> 1.3" in found["no held-out task got worse"][1]
+
+
+def test_no_evaluation_has_no_outcome():
+    assert outcome_findings({}) == [] and outcome_findings({"new/ocr": {"loss": {"after": 9.0}}}) == []
 
 
 def spreads(**changed: Spread) -> dict[str, Spread]:

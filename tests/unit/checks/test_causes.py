@@ -78,9 +78,23 @@ def test_the_scale_is_blamed_only_where_1_helps():
 
 
 def test_grown_weights_and_grown_activations():
-    assert names(origin("forward", dtype="float32", weight=1e9, largest=3.0), SOUND)[0].startswith("weights of")
+    assert names(origin("forward", dtype="float32", weight=1e9, largest=3.0), SOUND, CALM)[0].startswith("weights of")
     assert names(origin("forward", dtype="float32", weight=1.0, largest=1e30), SOUND)[0].startswith("activations have")
     assert names(origin("gradient", dtype="float32", weight=1.0, largest=1e30), SOUND)[0].startswith("gradients have")
+
+
+def test_weights_that_were_large_before_the_first_step_have_not_grown():
+    hit = origin("forward", dtype="float16", weight=1e5, largest=300.0)
+    assert names(hit, SOUND, precision="fp16", grown={"a.weight": 1e5})[0].startswith("float16 overflow")
+    assert names(hit, SOUND, CALM, precision="fp16")[0].startswith("weights of")
+
+
+def test_weights_that_have_grown_before_a_module_without_any():
+    hit = origin("forward", dtype="float32", largest=3.0)
+    found = rank_causes(hit, SOUND, CALM, grown={"a.weight": 2e3, "b.lora_B.weight": 1e30})
+    assert found[0].what == "weights have grown" and "2 tensors" in found[0].evidence
+    assert "1e+30 in b.lora_B.weight" in found[0].evidence
+    assert not any("have grown" in cause.what for cause in rank_causes(hit, SOUND, CALM))
 
 
 def test_exploding_norms():

@@ -10,8 +10,16 @@ from vlmtune.checks.pace import BLOCK, BLOCKS, MIB, PART, RISING, STOOD_STILL, M
 GIB = 2**30
 
 
-def steps(watch: PaceWatch, count: int, wait: float = 0.0, seconds: float = 1.0, tokens: int = 1000, busy=None) -> list:
-    return [f for _ in range(count) for f in watch.observe(wait * seconds, seconds, tokens, busy)]
+def steps(
+    watch: PaceWatch,
+    count: int,
+    wait: float = 0.0,
+    seconds: float = 1.0,
+    tokens: int = 1000,
+    busy=None,
+    left: int = 1000,
+) -> list:
+    return [f for _ in range(count) for f in watch.observe(wait * seconds, seconds, tokens, left, busy)]
 
 
 # ---- data and speed ------------------------------------------------------------------------------------------------
@@ -20,11 +28,11 @@ def steps(watch: PaceWatch, count: int, wait: float = 0.0, seconds: float = 1.0,
 def test_a_healthy_run_is_silent():
     """Times that scatter by a third, lengths that scatter threefold, a slow first step."""
     watch, rng = PaceWatch(), np.random.default_rng(0)
-    found = watch.observe(5.0, 30.0, 1000)
+    found = watch.observe(5.0, 30.0, 1000, 400)
     for _ in range(400):
         tokens = int(rng.integers(400, 1200))
         seconds = tokens / 1000 * rng.uniform(0.7, 1.3)
-        found += watch.observe(0.1 * seconds, seconds, tokens)
+        found += watch.observe(0.1 * seconds, seconds, tokens, 400)
     assert found == []
 
 
@@ -37,6 +45,12 @@ def test_late_data_is_said_once_until_it_was_in_time_again():
     assert steps(watch, PART, wait=0.4) == []
     assert steps(watch, PART, wait=0.1) == []
     assert [f.what for f in steps(watch, PART, wait=0.4)] == ["data is late"]
+
+
+def test_a_wait_that_nobody_notices_is_none():
+    """Half of the time, of a run that takes 40 seconds; and of one that takes an hour."""
+    assert steps(PaceWatch(), 41, wait=0.5, left=0) == []
+    assert [f.what for f in steps(PaceWatch(), 41, wait=0.5, left=3600)] == ["data is late"]
 
 
 def test_steps_that_become_slower_are_seen_after_two_parts():

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from vlmtune.adapt.plan import Policy
-from vlmtune.checks.settings import Course, settings_findings, usual_rate
+from vlmtune.checks.settings import Course, generation_finding, settings_findings, usual_rate
 
 USUAL = Course(
     steps=1000, warmup={"projector": 30}, clips=[1.0], epochs={"a.jsonl": 2.0}, held_out=["val"], checkpoint_every=200,
+    evaluate_every=100, batch=16, rows=5000,
     precision="bf16", is_on_cpu=False, has_fast_bf16=True,
 )  # fmt: skip
 PROJECTOR = {"part": "projector", "rule": "projector", "method": "full", "parameters": 20_000_000,
@@ -73,6 +74,9 @@ def test_full_training_takes_less_than_lora():
         ({"clips": [1.0, 100.0]}, "gradients are clipped", "at 100"),
         ({"clips": [1e-6]}, "gradients are clipped", "at 1e-06"),
         ({"epochs": {"a.jsonl": 1.0, "b.jsonl": 40.0}}, "no source is read too often", "b.jsonl 40 times"),
+        ({"evaluate_every": 1000}, "held-out data is looked at on the way", "every 1,000 steps, and the run has 1,000"),
+        ({"batch": 64, "rows": 40}, "a batch holds no row twice", "64 samples of 40 rows"),
+        ({"epochs": {"a.jsonl": 1.0, "b.jsonl": 0.0}}, "every source is read", "not one sample of b.jsonl"),
         ({"held_out": []}, "something is held out", "data.eval is empty"),
         ({"steps": 2000, "checkpoint_every": 5000}, "checkpoints are written on the way", "every 5,000 steps"),
         ({"precision": "fp16", "is_on_cpu": True}, "the number format suits the machine", "float16 on a CPU"),
@@ -84,7 +88,16 @@ def test_a_value_out_of_range(changed, what, said):
     assert list(found) == [what] and said in found[what]
 
 
-@pytest.mark.parametrize("changed", [{"warmup": {}}, {"steps": 900, "checkpoint_every": 5000}, {"epochs": {}}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"warmup": {}},
+        {"evaluate_every": None},
+        {"rows": None},
+        {"steps": 900, "checkpoint_every": 5000},
+        {"epochs": {}},
+    ],
+)
 def test_what_is_no_fault(changed):
     assert odd(**changed) == {}
 
@@ -111,3 +124,9 @@ def test_a_rank_as_large_as_the_matrix():
     assert odd(parameters=lora(16, 256, 64)) == {}
     said = odd(parameters=lora(64, 256, 64))["LoRA is smaller than what it adapts"]
     assert "1 modules, first language.layers.0.q (64 x 256, rank 64)" in said
+
+
+@pytest.mark.parametrize(("replies", "is_odd"), [([5, 9, 64], False), ([5, 9, 65], True), ([65] + [5] * 20, False)])
+def test_replies_longer_than_what_is_generated(replies, is_odd):
+    found = generation_finding(replies, 64)
+    assert (found.level == "warn") == is_odd and f"the longest of {len(replies)}" in found.evidence

@@ -131,6 +131,13 @@ def test_every_image_of_a_row_has_its_own_finding(encoder, tmp_path):
         ("unencodable", question(0, answer="\ufdd0"), "reserved by Unicode"),
         ("box_outside", answered_by_box([0, 0, 42, 10]), "sticks out of its image of 40x30"),
         ("box_flat", answered_by_box([5, 5, 5, 10]), "has no area"),
+        ("box_order", answered_by_box([20, 12, 14, 10]), "as in COCO"),
+        ("box_fraction", answered_by_box([0.1, 0.1, 0.9, 0.5]), "in fractions of the image"),
+        ("image_in_reply", {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "a.png"}]},
+                                         {"role": "user", "content": "red"}]}, "assistant exchanged"),
+        ("text_broken", question(0, answer="grÃ¶ÃŸer"), "another encoding"),
+        ("text_marker", question(0, answer="red<|im_end|>"), "looks like the marker"),
+        ("box_text", question(0, "a.png", answer="[1, 2, 30, 20]"), "write a box part"),
     ],
 )  # fmt: skip
 def test_a_row_that_is_wrong(code, row, words, encoder, tmp_path):
@@ -210,6 +217,23 @@ def shared(encoder: Encoder, *places: tuple[Path, str]) -> list[tuple]:
     return [(f.code, f.source, f.id, f.sentence.rpartition("(sample ")[2].partition(")")[0]) for f in found]
 
 
+def test_two_short_replies_to_one_question_contradict_each_other(encoder, tmp_path):
+    for name, seed in (("a.png", 0), ("b.png", 1)):
+        (tmp_path / name).write_bytes(picture(seed))
+    asked = {"question": "What colour?", "image": "a.png"}
+    rows = [
+        {**asked, "id": "one", "answer": "red"}, {**asked, "id": "two", "answer": "Red."},
+        {**asked, "id": "three", "answer": "blue"}, {**asked, "id": "four", "image": "b.png", "answer": "blue"},
+    ]  # fmt: skip
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    assert shared(encoder, (path, "train")) == [("contradiction", "t.jsonl", "three", "one")]
+    other = write_jsonl(tmp_path / "v.jsonl", [rows[2]])
+    train = write_jsonl(tmp_path / "u.jsonl", rows[:1])
+    assert [code for code, *_ in shared(encoder, (train, "train"), (other, "eval/v"))] == ["leak_image"], (
+        "within one split alone"
+    )
+
+
 def test_a_duplicate_row_is_one_whatever_its_id_task_and_file_of_the_image(encoder, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(picture(0))
@@ -268,7 +292,8 @@ def test_first_equal_agrees_with_a_dictionary():
 
 
 def test_every_code_is_tested_here():
-    text = Path(__file__).read_text()
+    names = ("test_check.py", "test_habits.py", "test_suspicions.py")
+    text = "".join(Path(__file__).with_name(name).read_text() for name in names)
     assert not [code for code in CODES if f'"{code}"' not in text]
 
 
