@@ -117,7 +117,7 @@ class _Trials:
 
     @property
     def is_broken(self) -> bool:
-        return any("failed" in (self._result(name) or {}) for name in self.configs)
+        return any("failed" in (self._result(name) or {}) for name in self.configs if name != BASE)
 
     def run(self) -> dict[str, Any]:
         """Every trial that has no result; returns what compare.json holds."""
@@ -129,6 +129,8 @@ class _Trials:
                 self.console.print(f"{number} of {len(self.configs) - 1}: {name} …", highlight=False, markup=False)
                 done = self._run_one(name, config)
                 record = self._write()
+            if name == BASE and done.get("why") == "error":  # so would every trial, when it has been trained
+                raise VlmtuneError(f"the base model cannot be scored: {done['failed']}")
             self.console.print(f"{name}: {self._in_short(done)}", highlight=False, markup=False, soft_wrap=True)
         comparison = self._comparison()
         for table in comparison_tables(comparison):

@@ -22,13 +22,12 @@ import torch
 from rich.console import Console
 
 from vlmtune.build import best_device, build_encoder, build_eval_groups, fit_data, load_base
-from vlmtune.config import Config, dump_config, load_config
+from vlmtune.config import Config, Evaluate, dump_config, load_config
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.choices import ChoiceRule
-from vlmtune.evaluate.comparison import HeldOut, Scores, Step, Trial
+from vlmtune.evaluate.comparison import HeldOut, Scores, Step, Trial, telling
 from vlmtune.evaluate.evaluation import evaluate
-from vlmtune.evaluate.metrics import score_task
-from vlmtune.evaluate.names import metrics_of_one
+from vlmtune.evaluate.metrics import score_sample
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.models.quantise import place
 from vlmtune.observe.log import CountingBar, append_line, keep_until, read_history
@@ -52,9 +51,8 @@ def run_trial(config: Config, arm: str, console: Console, stop: StopRequest) -> 
     """
     run = Path(config.run)
     times = StepTimes(run / "steps.jsonl")
-    train(
-        config.model_copy(update={"data": config.data.model_copy(update={"eval": {}})}), console, False, [times], stop
-    )
+    train_only = {"data": config.data.model_copy(update={"eval": {}}), "evaluate": Evaluate()}
+    train(config.model_copy(update=train_only), console, False, [times], stop)
     write_text(run / "config.yaml", dump_config(config))  # with the held-out data, for `vlmtune eval`
     gc.collect()  # two models may not fit beside each other
     loaded = load_run(run, "latest")
@@ -95,14 +93,13 @@ def score(model: torch.nn.Module, encoder: Encoder, config: Config, precision: P
     if odd:
         raise VlmtuneError(f"{odd[0]} is {found.metrics[odd[0]]} on held-out data; lower the learning rate.")
     values: list[dict[str, float]] = [
-        score_task(
-            s.sample.task, [s.reply], [s.sample], [s.boxes], encoder.coordinates.without_places,
-            metrics_of_one(wish.metrics.get(s.sample.task)),
-        )
+        score_sample(s.sample.task, s.reply, s.sample, s.boxes, encoder.coordinates.without_places,
+                     wish.metrics.get(s.sample.task))
         for s in found.scored
     ] or [{} for _ in found.losses]  # fmt: skip
     return Scores(
         found.metrics,
+        telling(found.metrics, wish.metrics),
         [HeldOut(**asdict(row), values=own) for row, own in zip(found.losses, values, strict=True)],
     )
 
@@ -147,9 +144,10 @@ def main(arguments: list[str]) -> int:
         print(interrupted, file=sys.stderr)
         return interrupted.exit_code
     except VlmtuneError as error:
-        record["failed"] = str(error)
+        record |= {"failed": str(error), "why": "error"}
     except (MemoryError, torch.OutOfMemoryError) as error:
-        record["failed"] = f"out of memory ({' '.join(str(error).split())[:160]}); lower train.micro_batch_size."
+        said = " ".join(str(error).split())[:160]
+        record |= {"failed": f"out of memory ({said}); lower train.micro_batch_size.", "why": "memory"}
     if "failed" in record:
         print(f"error: {record['failed']}", file=sys.stderr)
     write_text(Path(result), json.dumps(record, indent=1))

@@ -27,7 +27,9 @@ from datetime import date
 from pathlib import Path
 
 import yaml
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
+
+from vlmtune.evaluate.intervals import t_interval
 
 HERE = Path(__file__).parent
 DRAFT = HERE / ".runs.json"  # a study that was interrupted goes on where it was; gone once it is recorded
@@ -173,7 +175,8 @@ def values(results: list[dict], arm: str, column: str) -> list[float]:
 
 def interval(numbers: list[float]) -> float:
     """Half of the 95 % interval of the mean (Student's t)."""
-    return float(t.ppf(0.975, len(numbers) - 1)) * statistics.stdev(numbers) / len(numbers) ** 0.5
+    found = t_interval(numbers)
+    return found.high - found.value
 
 
 def differences(results: list[dict], arm: str, column: str) -> list[float]:

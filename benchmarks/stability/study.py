@@ -23,7 +23,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from scipy.stats import t
+from vlmtune.evaluate.intervals import t_interval
 
 HERE = Path(__file__).parent
 DRAFT = HERE / ".runs.json"  # a study that was interrupted goes on where it was; gone once it is recorded
@@ -145,7 +145,8 @@ def picked(results: list[dict], **wanted) -> list[dict]:
 
 def interval(numbers: list[float]) -> float:
     """Half of the 95 % interval of the mean (Student's t)."""
-    return float(t.ppf(0.975, len(numbers) - 1)) * statistics.stdev(numbers) / len(numbers) ** 0.5
+    found = t_interval(numbers)
+    return found.high - found.value
 
 
 def spread(numbers: list[float]) -> str:

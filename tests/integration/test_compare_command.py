@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from vlmtune.config import load_config
-from vlmtune.evaluate.comparison import Scores, score_of
+from vlmtune.evaluate.comparison import Scores
 from vlmtune.evaluate.evaluation import mean_loss
 from vlmtune.trial import score_base
 
@@ -96,7 +96,7 @@ def test_values_of_samples_have_the_metrics_as_their_means(config, quiet):
             assert value == pytest.approx(mean_loss([s for s in found.samples if f"loss/{s.place}" == name]))
         elif name != "loss":
             assert value == pytest.approx(sum(s.values[metric] for s in mine) / len(mine))
-    assert score_of(found.metrics) is not None
+    assert found.score is not None
 
 
 def test_a_stopped_comparison_continues(config, tmp_path):

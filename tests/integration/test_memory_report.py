@@ -16,7 +16,7 @@ def test_every_run_compares_prediction_and_measurement(vlmtune, write_config, tm
     line = next(line for line in out.splitlines() if line.startswith("memory: predicted"))
     record = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert "for this step" in line and "measured" in line and "%)" in line
-    assert record["predicted"] > 2**20 and record["measured"] > 2**20
+    assert record["predicted"] > 2**20 and record["highest"] >= record["measured"] > 2**20
     assert sum(record["items"].values()) == record["predicted_later"] >= record["predicted"]
     assert record["items"]["optimizer"] > 0 and 0 < record["image_share"] < 1
     # a model of 1 MB: what libraries take is most of both figures, so this says that the units agree, no more

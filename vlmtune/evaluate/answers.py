@@ -10,8 +10,8 @@ import torch
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.generate import generate
-from vlmtune.evaluate.metrics import score_task
-from vlmtune.evaluate.names import metrics_of_one, task_metrics
+from vlmtune.evaluate.metrics import score_sample
+from vlmtune.evaluate.names import task_metrics
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.vlm import VLM
 from vlmtune.optim.precision import Precision, autocast
@@ -111,23 +111,21 @@ class Scoring:
     chosen: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def scores(self, answered: Answer) -> dict[str, float]:
-        """Metric -> score of this one sample (`metrics.score_task`)."""
-        task = answered.sample.task
-        return score_task(
-            task, [answered.reply], [answered.sample], [answered.boxes], self.without_places, self._names(task)
-        )  # fmt: skip
+        """Metric -> score of this one sample (`metrics.score_sample`); where none that is chosen has one, what the task
+        has by itself."""
+        return self._scores(answered, self.chosen.get(answered.sample.task)) or self._scores(answered, None)
+
+    def _scores(self, one: Answer, chosen: Sequence[str] | None) -> dict[str, float]:
+        return score_sample(one.sample.task, one.reply, one.sample, one.boxes, self.without_places, chosen)
 
     def telling(self, task: str, metrics: Sequence[str]) -> str:
         """The metric that a task is judged by: the first that is chosen or that `task_metrics` names; of an unknown
-        task whose replies hold boxes "mean_iou", because the text around them says little."""
-        names = self._names(task)
-        if names is not None:
-            return next(name for name in names if name in metrics)
+        task whose replies hold boxes "mean_iou", because the text around them says little. metrics: there are."""
+        wanted = self.chosen.get(task)
+        if wanted is not None:
+            return next((name for name in wanted if name in metrics), metrics[0])
         return "mean_iou" if "mean_iou" in metrics else task_metrics(task)[0]
 
     def telling_score(self, answered: Answer) -> float:
         scores = self.scores(answered)
         return scores[self.telling(answered.sample.task, list(scores))]
-
-    def _names(self, task: str) -> list[str] | None:
-        return metrics_of_one(self.chosen.get(task))

@@ -21,7 +21,7 @@ from vlmtune.evaluate.intervals import (
     resampled_sums,
     t_interval,
 )
-from vlmtune.evaluate.metrics import task_metrics
+from vlmtune.evaluate.names import task_metrics
 
 SETTLING = 3  # steps of a run that are not timed: libraries load, allocators grow, the optimizer makes its state
 
@@ -46,14 +46,20 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Scores:
-    """metrics: as `Evaluation.metrics`; samples: in the order of the data."""
+    """metrics: as `Evaluation.metrics`; telling: those that the score is the mean of; samples: in the data's order."""
 
     metrics: dict[str, float]
+    telling: list[str]
     samples: list[HeldOut]
+
+    @property
+    def score(self) -> float | None:
+        """Mean over groups and tasks of their telling metrics; None where nothing but losses was measured."""
+        return sum(self.metrics[name] for name in self.telling) / len(self.telling) if self.telling else None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Scores:
-        return cls(record["metrics"], [HeldOut(**row) for row in record["samples"]])
+        return cls(record["metrics"], record["telling"], [HeldOut(**row) for row in record["samples"]])
 
     def as_record(self) -> dict[str, Any]:
         return asdict(self)
@@ -157,28 +163,27 @@ def compare_trials(trials: Sequence[Trial], base: Scores | None, arms: Sequence[
         else Row(arm, [], failed[arm])
         for arm in arms
     ]  # fmt: skip
-    shown = {} if base is None else base.metrics | ({"score": s} if (s := score_of(base.metrics)) is not None else {})
-    return Comparison(baseline, rows, shown, over, _notes(rows, finished, baseline, over))
+    shown = {} if base is None else base.metrics | ({} if base.score is None else {"score": base.score})
+    notes = _notes(rows, finished, baseline, over)
+    if base is None:
+        notes.append("the base model was not scored, so nothing is a share of a gain")
+    return Comparison(baseline, rows, shown, over, notes)
 
 
-def telling(metrics: Mapping[str, float]) -> list[str]:
-    """The metric of every group and task that `score` is the mean of: the first that its task has."""
+def telling(metrics: Mapping[str, float], chosen: Mapping[str, Sequence[str]]) -> list[str]:
+    """The metric of every group and task that a score is the mean of: the first that was chosen for its task, or that
+    it has by itself."""
     places: dict[str, list[str]] = {}
     for name in metrics:
         if name != "loss" and not name.startswith("loss/"):
             place, _, metric = name.rpartition("/")
             places.setdefault(place, []).append(metric)
-    chosen = []
+    names = []
     for place, found in places.items():
-        wanted = task_metrics(place.partition("/")[2])
-        chosen.append(f"{place}/{next((metric for metric in wanted if metric in found), found[0])}")
-    return chosen
-
-
-def score_of(metrics: Mapping[str, float]) -> float | None:
-    """Mean over groups and tasks of their telling metrics; None where nothing but losses was measured."""
-    names = telling(metrics)
-    return sum(metrics[name] for name in names) / len(names) if names else None
+        task = place.partition("/")[2]
+        wanted = chosen.get(task) or task_metrics(task)
+        names.append(f"{place}/{next((metric for metric in wanted if metric in found), found[0])}")
+    return names
 
 
 def _row(
@@ -201,7 +206,7 @@ def _row(
         speed=_speed(list(mine.values())),
         speed_ratio=_speed_ratio(pairs, lambda step: step.seconds),
         cpu_ratio=_speed_ratio(pairs, lambda step: step.cpu) if first.machine.get("device") == "cpu" else None,
-        score=_figure("score", alone, scores, base) if telling(first.scores.metrics) else None,
+        score=_figure("score", alone, scores, base) if first.scores.telling else None,
         loss=_figure("loss", alone, scores, base),
         metrics=[_figure(name, alone, scores, base) for name in first.scores.metrics if name != "loss"],
     )  # fmt: skip
@@ -287,17 +292,17 @@ def _values(name: str, models: Sequence[Sequence[Scores]]) -> list[_Values]:
 
 
 def _value(name: str, scores: Scores) -> float:
-    return score_of(scores.metrics) if name == "score" else scores.metrics[name]
+    return scores.score if name == "score" else scores.metrics[name]
 
 
 def _draws(name: str, models: Sequence[Scores]) -> list[np.ndarray] | None:
     """float[resamples] of every model, whose samples are drawn together and within their group and task.
 
-    None where a metric has no value of single samples (read-outs, multiple choice).
+    None where a metric has no values of single samples (`CORPUS_METRICS`, read-outs, multiple choice).
     """
     generator = np.random.default_rng(0)  # the same resamples for every method
     if name == "score":
-        parts = [_draws_of_metric(metric, models, generator) for metric in telling(models[0].metrics)]
+        parts = [_draws_of_metric(metric, models, generator) for metric in models[0].telling]
         return None if any(part is None for part in parts) else list(np.mean(parts, axis=0))
     if not name.startswith("loss"):
         return _draws_of_metric(name, models, generator)
@@ -327,6 +332,11 @@ def _notes(
         counts = sorted({len(row.seeds) for row in rows if row.seeds})
         shown = " or ".join(map(str, counts))
         notes.append(f"intervals: 95 %, Student's t over {shown} seeds, paired with {baseline} of the same seed")
+        alone = [row.arm for row in rows if len(finished[row.arm].keys() & finished[baseline].keys()) == 1]
+        if alone:
+            notes.append(
+                f"{', '.join(alone)}: one seed to compare, so the intervals are over held-out samples and steps"
+            )
     else:
         notes.append(
             "intervals: 95 %, one seed: bootstrap over held-out samples, of speed over steps; they say nothing about "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from vlmtune.evaluate.boxes import box_scores
 from vlmtune.evaluate.cider import cider
-from vlmtune.evaluate.names import BOX_METRICS, REGION_METRICS, TASK_METRICS, task_metrics
+from vlmtune.evaluate.names import BOX_METRICS, CORPUS_METRICS, REGION_METRICS, TASK_METRICS, task_metrics
 from vlmtune.evaluate.text import (
     LIBRARIES,
     anls,
@@ -65,6 +65,22 @@ def score_task(
     if chosen is None and task not in TASK_METRICS:
         return scores | on_boxes
     return scores | {name: on_boxes[name] for name in names if name in BOX_METRICS}
+
+
+def score_sample(
+    task: str,
+    reply: str,
+    sample: Sample,
+    boxes: Sequence[Box],
+    without_places: Callable[[str], str],
+    chosen: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """What `score_task` is the mean of, for one sample: without metrics of all samples together (`CORPUS_METRICS`), and
+    without those of boxes where its reference has none, which are means over the others."""
+    if chosen is not None:
+        left_out = BOX_METRICS if task != "grounding" and not _has_target_boxes(sample) else ()
+        chosen = [name for name in chosen if name not in (*CORPUS_METRICS, *left_out)]
+    return score_task(task, [reply], [sample], [boxes], without_places, chosen)
 
 
 def require_scorable(task: str, names: Sequence[str], samples: Sequence[Sample]) -> None:

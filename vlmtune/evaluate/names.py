@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 
 from vlmtune.errors import VlmtuneError
 
 TEXT_METRICS = ("exact_match", "accuracy", "f1", "anls", "vqa_accuracy", "bleu", "chrf", "rouge_l", "cider")
 BOX_METRICS = ("mean_iou", "acc_50")
 REGION_METRICS = ("head_iou", "mask_iou", "mask_oiou")  # of read-outs: nothing is generated for them
-CORPUS_METRICS = ("bleu", "chrf", "cider")  # of all samples together: a single one has no value
+CORPUS_METRICS = ("bleu", "chrf", "cider", "mask_oiou")  # of all samples together, no means over them
 METRICS = (*TEXT_METRICS, *BOX_METRICS, *REGION_METRICS)
 
 TASK_METRICS = {
@@ -33,12 +32,6 @@ def task_metrics(task: str) -> tuple[str, ...]:
     `REGION_METRICS` where the model has read-outs.
     """
     return TASK_METRICS.get(task, ("exact_match",))
-
-
-def metrics_of_one(chosen: Sequence[str] | None) -> list[str] | None:
-    """Those of `chosen` that a single generated reply has a value of; None: what `task_metrics` says, also where there
-    is no such metric."""
-    return [name for name in chosen or () if name not in CORPUS_METRICS + REGION_METRICS] or None
 
 
 def require_metric(name: str) -> None:

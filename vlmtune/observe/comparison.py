@@ -22,8 +22,8 @@ MIB = 2**20
 # The picture, in SVG units.
 PANEL, NAMES, BETWEEN, HEAD, LINE, FOOT = 250, 96, 26, 34, 30, 30
 MARK = "*"
-PARTS = {"cost": (2, 3, 4, 5, 6, 7), "score on held-out data": (8, 9, 10), "loss on held-out data": (11, 12, 13)}
-"""The terminal's tables: columns by number of `headings`."""
+PARTS = {"cost": (1, 2, 3, 4, 5, 6, 7), "score on held-out data": (8, 9, 10), "loss on held-out data": (11, 12, 13)}
+"""The tables: columns by number of `headings`, beside the method's name."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,27 @@ def base_cells(comparison: Comparison) -> list[str]:
     return ["base", *[""] * 7, *shown]
 
 
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """What the methods cost, and what they bring; learning rates are printed with the plans."""
-    names, rows = headings(comparison), _all_cells(comparison, {})
-    tables = []
+def parts(comparison: Comparison, rates: Mapping[str, float | None]) -> list[tuple[str, list[list[str]]]]:
+    """(title, lines of cells, headings first) of what the methods cost and what they bring; empty columns left out."""
+    names = headings(comparison)
+    rows = [base_cells(comparison), *(cells(row, rates.get(row.arm)) for row in comparison.rows)]
+    found = []
     for title, numbers in PARTS.items():
-        shown = [(row[0], *(row[number] for number in numbers)) for row in rows]
-        if not any(any(cells) for _, *cells in shown):
-            continue
+        shown = rows[1:] if title == "cost" else rows
+        filled = [number for number in numbers if any(row[number] for row in shown)]
+        if filled:
+            found.append((title, [[row[0], *(row[number] for number in filled)] for row in [names, *shown]]))
+    return found
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Of the terminal; without learning rates, which are printed with the plans."""
+    tables = []
+    for title, (names, *rows) in parts(comparison, {}):
         table = Table(title=title, title_justify="left")
-        for number in (0, *numbers):
-            table.add_column(names[number], justify="right" if number else "left", no_wrap=True)
-        for row in shown[1:] if title == "cost" else shown:
+        for number, name in enumerate(names):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
             table.add_row(*row)
         tables.append(table)
     return tables
@@ -117,25 +126,18 @@ def differs(figure: Figure) -> bool:
 
 
 def markdown(comparison: Comparison, rates: Mapping[str, float | None]) -> str:
-    """Both tables with all intervals, failures and notes."""
-    head = headings(comparison)
-    lines = [
-        f"# Methods, compared with {comparison.baseline}", "",
-        _line(head), "| --- |" + " ---: |" * (len(head) - 1),
-        *(_line(row) for row in _all_cells(comparison, rates)), "",
-    ]  # fmt: skip
+    """All tables with all intervals, failures and notes."""
+    lines = [f"# Methods, compared with {comparison.baseline}", ""]
+    tables = parts(comparison, rates)
     done = [row for row in comparison.rows if row.metrics]
     if done:
-        lines += [
-            "Held-out metrics; in brackets the difference to " + comparison.baseline + ":", "",
-            f"| metric | base | {' | '.join(row.arm for row in done)} |", "| --- |" + " ---: |" * (len(done) + 1),
-            *(_line(row) for row in metric_cells(comparison)), "",
-        ]  # fmt: skip
+        head = ["metric", "base", *(row.arm for row in done)]
+        tables.append((f"metrics, with the difference to {comparison.baseline}", [head, *metric_cells(comparison)]))
     if items := item_cells(comparison):
-        lines += [
-            "Memory at the predicted peak of a step, MiB:", "", _line(items[0]),
-            "| --- |" + " ---: |" * (len(items[0]) - 1), *map(_line, items[1:]), "",
-        ]  # fmt: skip
+        tables.append(("memory at the predicted peak of a step, MiB", items))
+    for title, (names, *rows) in tables:
+        rule = "| --- |" + " ---: |" * (len(names) - 1)
+        lines += [f"## {title[0].upper()}{title[1:]}", "", _line(names), rule, *map(_line, rows), ""]
     lines += [f"- {row.arm}, seed {seed}, failed: {why}" for row in comparison.rows for seed, why in row.failed.items()]
     lines += [f"- {note}" for note in comparison.notes]
     return "\n".join([*lines, ""])
@@ -165,10 +167,6 @@ def item_cells(comparison: Comparison) -> list[list[str]]:
     return [["method", *names], *shown] if rows else []
 
 
-def _all_cells(comparison: Comparison, rates: Mapping[str, float | None]) -> list[list[str]]:
-    return [base_cells(comparison), *(cells(row, rates.get(row.arm)) for row in comparison.rows)]
-
-
 def _by_metric(rows: Sequence[Row]) -> list[list[Figure]]:
     """The figures of all methods, metric by metric, scores before losses."""
     found = [[figure for row in rows for figure in row.metrics if figure.name == f.name] for f in rows[0].metrics]
@@ -178,9 +176,13 @@ def _by_metric(rows: Sequence[Row]) -> list[list[Figure]]:
 def plot(comparison: Comparison) -> str:
     """The picture of all ratios to the baseline, as SVG that stands alone or in a page."""
     rows = [row for row in comparison.rows if row.seeds]
+    by_cpu = any(row.cpu_ratio for row in rows)
     wanted = [
         (f"peak memory, of {comparison.baseline}", [row.memory_ratio for row in rows]),
-        (f"speed, times {comparison.baseline}", [row.cpu_ratio or row.speed_ratio for row in rows]),
+        (
+            f"speed{' by CPU time' if by_cpu else ''}, times {comparison.baseline}",
+            [row.cpu_ratio if by_cpu else row.speed_ratio for row in rows],
+        ),
         (f"score, of {comparison.baseline}", [row.score and row.score.ratio for row in rows]),
         (f"held-out loss, minus {comparison.baseline}", [row.loss.difference for row in rows]),
     ]
@@ -229,8 +231,7 @@ def write_comparison_page(
     page = render_html(
         "comparison.html.jinja",
         comparison=comparison, model=model, plans=plans, waiting=waiting, plot=plot(comparison),
-        headings=headings(comparison), rows=_all_cells(comparison, rates),
-        items=item_cells(comparison),
+        parts=parts(comparison, rates), items=item_cells(comparison),
         metric_rows=metric_cells(comparison) if any(row.metrics for row in comparison.rows) else [],
         measured=[row.arm for row in comparison.rows if row.metrics], version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

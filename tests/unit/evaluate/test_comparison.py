@@ -16,7 +16,6 @@ from vlmtune.evaluate.comparison import (
     Step,
     Trial,
     compare_trials,
-    score_of,
     telling,
 )
 from vlmtune.evaluate.intervals import Interval, ratio_interval, t_interval
@@ -32,9 +31,8 @@ def scores(vqa: list[float], caption: list[float], loss: float) -> Scores:
         for n, value in enumerate(values)
     ]
     metrics = {"loss": loss, "loss/val/vqa": loss, "loss/val/caption": loss}
-    return Scores(
-        metrics | {"val/vqa/exact_match": float(np.mean(vqa)), "val/caption/f1": float(np.mean(caption))}, samples
-    )
+    metrics |= {"val/vqa/exact_match": float(np.mean(vqa)), "val/caption/f1": float(np.mean(caption))}
+    return Scores(metrics, telling(metrics, {}), samples)
 
 
 def trial(arm: str, seed: int, quality: float, seconds: float, peak: int | None = 100, steps: int = 20) -> Trial:
@@ -126,6 +124,7 @@ def test_failures_are_named_and_the_rest_is_compared():
     assert lora.speed_ratio.value == 1.0, "from the one seed that both have"
     assert ia3.failed == {0: "no room"} and ia3.seeds == [] and ia3.score is None
     assert "full: without seed 1, which failed" in found.notes
+    assert any(note.startswith("full, lora: one seed to compare") for note in found.notes)
 
 
 def test_without_the_baseline_nothing_is_relative():
@@ -167,21 +166,24 @@ def test_the_score_counts_the_first_metric_of_each_task():
         "loss": 1.0, "loss/a/ocr": 1.0, "a/ocr/exact_match": 0.0, "a/ocr/anls": 0.4, "a/mine/exact_match": 0.2,
         "b/grounding/acc_50": 1.0, "b/grounding/mean_iou": 0.6, "b/quiz/choice_accuracy": 0.8,
     }  # fmt: skip
-    names = telling(metrics)
+    names = telling(metrics, {})
     assert names == ["a/ocr/anls", "a/mine/exact_match", "b/grounding/mean_iou", "b/quiz/choice_accuracy"]
-    assert score_of(metrics) == pytest.approx(0.5)
-    assert score_of({"loss": 1.0, "loss/a/ocr": 1.0}) is None
+    assert Scores(metrics, names, []).score == pytest.approx(0.5)
+    assert telling(metrics, {"ocr": ["exact_match", "anls"]})[0] == "a/ocr/exact_match"
+    assert Scores(metrics, telling({"loss": 1.0, "loss/a/ocr": 1.0}, {}), []).score is None
 
 
 def test_a_metric_without_values_of_samples_has_no_bootstrap():
-    trials = [trial(arm, 0, 0.5, 1.0) for arm in ("full", "lora")]
-    more = [
-        replace(t, scores=replace(t.scores, metrics=t.scores.metrics | {"val/quiz/choice_accuracy": 0.5}))
-        for t in trials
-    ]
-    found = compare_trials(more, None, ["full", "lora"], "full").row("lora")
+    """Nor has a score that it is part of."""
+    trials = []
+    for arm in ("full", "lora"):
+        one = trial(arm, 0, 0.5, 1.0)
+        metrics = one.scores.metrics | {"val/quiz/choice_accuracy": 0.5}
+        trials.append(replace(one, scores=Scores(metrics, telling(metrics, {}), one.scores.samples)))
+    found = compare_trials(trials, None, ["full", "lora"], "full").row("lora")
     figure = next(f for f in found.metrics if f.name == "val/quiz/choice_accuracy")
-    assert figure.value == Interval(0.5) and figure.difference == Interval(0.0) and found.score.value.low is None
+    assert figure.value == Interval(0.5) and figure.difference == Interval(0.0)
+    assert found.score.value == Interval(pytest.approx((0.75 + 0.5 + 0.5) / 3)) and found.loss.value.low is not None
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=30), st.floats(0.1, 10))

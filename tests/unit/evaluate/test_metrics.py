@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vlmtune.data.grounding import coordinates
-from vlmtune.evaluate.metrics import require_readouts, require_scorable, score_task
-from vlmtune.evaluate.names import METRICS, TEXT_METRICS, require_metric, task_metrics
+from vlmtune.evaluate.metrics import require_readouts, require_scorable, score_sample, score_task
+from vlmtune.evaluate.names import CORPUS_METRICS, METRICS, TEXT_METRICS, require_metric, task_metrics
 from vlmtune.types import Boxes, ImageGeometry, Points, Sample, Text, Turn, VlmtuneError
 
 
@@ -192,3 +192,25 @@ def test_every_metric_is_documented():
     described = {cells[0].strip("`"): cells for cells in rows if len(cells) == 5}
     assert tuple(described) == METRICS
     assert all(all(cells) for cells in described.values())
+
+
+@pytest.mark.parametrize(
+    ("task", "chosen"),
+    [
+        ("caption", None), ("grounding", None), ("my own task", None), ("my own task", ["mean_iou", "rouge_l"]),
+        ("vqa", ["anls", *CORPUS_METRICS]), ("vqa", ["cider"]), ("grounding", ["acc_50"]),
+    ],
+)  # fmt: skip
+def test_a_task_is_the_mean_of_its_samples(task, chosen):
+    """Of every metric that is a mean; boxes over the samples whose reference has some."""
+    samples = [sample(Text("a cat left"), task=task), sample(Boxes((BOX,)), task=task), sample(Text("b"), task=task)]
+    if task == "vqa":
+        samples = [samples[0], samples[2]]
+    replies = ["a dog left", "", "b"][: len(samples)]
+    boxes = [[], [(0.0, 0.0, 5.0, 10.0)], [BOX]][: len(samples)]
+    without = coordinates("norm1000").without_places
+    whole = score_task(task, replies, samples, boxes, without, chosen)
+    own = [score_sample(task, *one, without, chosen) for one in zip(replies, samples, boxes, strict=True)]
+    means = {name: [scores[name] for scores in own if name in scores] for name in whole if name not in CORPUS_METRICS}
+    assert {name: sum(v) / len(v) for name, v in means.items()} == pytest.approx({name: whole[name] for name in means})
+    assert not {name for scores in own for name in scores} & set(CORPUS_METRICS)
