@@ -50,7 +50,7 @@ class Panel:
 def headings(comparison: Comparison) -> list[str]:
     name = comparison.baseline
     return [
-        "method", "learning rate", "trainable", "peak memory, MiB", f"of {name}", "samples/s", f"times {name}",
+        "method", "learning rate", "trainable", "memory, MiB", f"of {name}", "samples/s", f"times {name}",
         "by CPU time", "score", f"of {name}", f"of {name}'s gain", "held-out loss", f"minus {name}",
         f"of {name}'s drop",
     ]  # fmt: skip
@@ -62,7 +62,7 @@ def cells(row: Row, rate: float | None) -> list[str]:
         return [row.arm, _rate(rate), "failed" if row.failed else "waiting", *[""] * 11]
     score, loss = row.score, row.loss
     return [
-        row.arm, _rate(rate), f"{row.trainable:,} ({row.trainable / row.parameters:.2%})",
+        row.arm, _rate(rate), f"{number_text(row.trainable)} ({row.trainable / row.parameters:.2%})",
         "" if row.memory is None else f"{row.memory.value / MIB:,.0f}", _ratio(row.memory_ratio),
         f"{row.speed.value:.3g}", _ratio(row.speed_ratio),
         _ratio(row.cpu_ratio),
