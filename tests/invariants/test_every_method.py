@@ -31,7 +31,7 @@ from vlmtune.optim.optimizer import build_adamw
 from vlmtune.types import Batch, VlmtuneError
 
 NAMES = [*FAMILIES, "embedded"]
-EVERYWHERE = {"full", "lora", "qlora"}  # on every model in the usual test run
+EVERYWHERE = {"full", "lora", "nf4"}  # on every model in the usual test run
 # a third of the other pairs: every method on two or three models, every model with several; `make test-slow` has all
 PAIRS = [
     pytest.param(method, name, marks=[] if method in EVERYWHERE or (row + column) % 3 == 0 else pytest.mark.slow)
