@@ -99,6 +99,7 @@ def test_values_of_samples_have_the_metrics_as_their_means(config, quiet):
     assert found.score is not None
 
 
+@pytest.mark.slow  # four processes that load the libraries, after the five of the first test
 def test_a_stopped_comparison_continues(config, tmp_path):
     """SIGTERM reaches the trial that is training: it saves, and the same command goes on from there."""
     tree = yaml.safe_load(config.read_text())
