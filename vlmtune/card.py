@@ -23,8 +23,8 @@ from vlmtune.sealed import read_json
 FILE = "README.md"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TASK = "image-text-to-text"  # the Hub's name for what a vision-language model does
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&])")
-_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+_MARKUP = re.compile(r"([\\`*_{}\[\]#|~$<&])")  # what means something in the middle of a line
+_ENTITIES = {"<": "&lt;", "&": "&amp;"}
 
 
 class Markdown(str):

@@ -122,6 +122,6 @@ def test_a_run_that_measured_nothing(tmp_path, folders):
 
 def test_escapes():
     assert escaped("a|b\nc_d") == "a\\|b c\\_d"
-    assert escaped("<b>&") == "&lt;b&gt;&amp;"
+    assert escaped("<b>&") == "&lt;b>&amp;"
     block = fenced("x\n````\ny")
     assert block.splitlines()[0] == "`````" and block.splitlines()[-1] == "`````"
