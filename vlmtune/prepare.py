@@ -141,7 +141,7 @@ def _judged_settings(config: Config, made: Prepared, device: torch.device) -> li
         checkpoint_every=settings.checkpoint_every,
         evaluate_every=settings.eval_every if made.groups else None,
         batch=config.train.batch_size,
-        rows=None if any(source.size is None for source in made.sources) else sum(s.size for s in made.sources),
+        all_rows=None if any(source.size is None for source in made.sources) else sum(s.size for s in made.sources),
         precision=settings.precision,
         is_on_cpu=device.type == "cpu",
         has_fast_bf16=bf16_is_fast(device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,8 @@ from vlmtune.adapt.storage import wanted_quantisation
 from vlmtune.build import best_device, build_encoder
 from vlmtune.checks.outcome import Quantised
 from vlmtune.config import Config
-from vlmtune.evaluate.answers import Answer, answer, scores_of
+from vlmtune.evaluate.answers import Answer, Scoring, answer
 from vlmtune.evaluate.paired import paired_change
-from vlmtune.evaluate.retention import telling_metric
 from vlmtune.models.load import load_model, load_processor, meta_model
 from vlmtune.models.quantise import place, stored_bytes
 from vlmtune.types import Sample, VlmtuneError
@@ -25,7 +24,7 @@ SAMPLES = 64  # spread over all held-out ones: every storage answers them again
 
 
 def measure_storages(
-    folder: Path, config: Config, groups: Mapping[str, Sequence[Sample]], without_places: Callable[[str], str]
+    folder: Path, config: Config, groups: Mapping[str, Sequence[Sample]], scoring: Scoring
 ) -> tuple[list[Quantised], dict[str, str]]:
     """Each storage that can be measured, and the others with the reason: storage -> why.
 
@@ -45,7 +44,7 @@ def measure_storages(
             missing[storage] = str(error).rstrip(".")
             continue
         loss = paired_change([one.loss for one in full], [one.loss for one in answers])
-        score = paired_change(*([_score(one, without_places) for one in side] for side in (full, answers)))
+        score = paired_change(*([scoring.telling_score(one) for one in side] for side in (full, answers)))
         found.append(Quantised(storage, size, full_bytes, loss, score))
     return found, missing
 
@@ -67,8 +66,3 @@ def _answered(folder: Path, storage: str, config: Config, samples: Sequence[Samp
     del model
     gc.collect()
     return answers, size
-
-
-def _score(one: Answer, without_places: Callable[[str], str]) -> float:
-    scores = scores_of(one, without_places)
-    return scores[telling_metric(one.sample.task, list(scores))]

@@ -27,6 +27,7 @@ from vlmtune.card import write_card
 from vlmtune.check import Section, described
 from vlmtune.checks import outcome
 from vlmtune.config import Config, load_config
+from vlmtune.evaluate.answers import Scoring
 from vlmtune.evaluate.edge_cases import edge_cases, run_case
 from vlmtune.evaluate.retention import LOSS, compare, pooled
 from vlmtune.evaluate.speed import REPEATS, measure_speed
@@ -147,17 +148,15 @@ class Validation:
             exported_in_full = self._is_exported_in_full()
             if not exported_in_full:
                 self._remember(trained)
-            without_places = trained.encoder.coordinates.without_places
+            scoring = Scoring(trained.encoder.coordinates.without_places, self.config.evaluate.metrics)
         if exported_in_full:
             with self._loaded(lambda: load_run(self.run, self.step, as_stored=False)) as full:
                 self._remember(full)
         if answers is not None:
-            yield from self._compared(questions, answers, without_places)
-        yield from self._saved(questions, without_places)
+            yield from self._compared(questions, answers, scoring)
+        yield from self._saved(questions, scoring)
 
-    def _compared(
-        self, questions: Questions, answers: Answers, without_places: Callable[[str], str]
-    ) -> Iterator[Section]:
+    def _compared(self, questions: Questions, answers: Answers, scoring: Scoring) -> Iterator[Section]:
         """What rests on the answers of both models."""
         with self._loaded(lambda: _load_before(self.config, self.base_model)) as base:
             before = ask(base, questions, self.console, "the base answers")
@@ -166,8 +165,8 @@ class Validation:
             f"{before.seconds:.1f} s", highlight=False,
         )  # fmt: skip
         if questions.groups:
-            comparisons = compare(before.held_out, answers.held_out, without_places)
-            totals = pooled(before.held_out, answers.held_out, without_places)
+            comparisons = compare(before.held_out, answers.held_out, scoring)
+            totals = pooled(before.held_out, answers.held_out, scoring)
             self.figures["comparisons"] = [
                 {"group": c.group, "task": c.task, "metric": c.metric, "telling": c.telling, **asdict(c.change)}
                 for c in comparisons
@@ -287,12 +286,12 @@ class Validation:
 
     # ---- what was saved -----------------------------------------------------------------------------------------
 
-    def _saved(self, questions: Questions, without_places: Callable[[str], str]) -> Iterator[Section]:
+    def _saved(self, questions: Questions, scoring: Scoring) -> Iterator[Section]:
         """Of the exported folder that was named, or one that is made for this and goes again."""
         if "fresh" in self.wish.skip and "quantised" in self.wish.skip:
             return
         if self.exported is not None:
-            yield from self._of_folder(self.exported, questions, without_places)
+            yield from self._of_folder(self.exported, questions, scoring)
             return
         with tempfile.TemporaryDirectory(prefix=".validate-", dir=self.run) as draft:  # the disk of the run, not /tmp
             folder = Path(draft) / "export"
@@ -305,11 +304,11 @@ class Validation:
                 )
                 yield from self._section("fresh", lambda: [finding])
                 return
-            yield from self._of_folder(folder, questions, without_places)
+            yield from self._of_folder(folder, questions, scoring)
 
-    def _of_folder(self, folder: Path, questions: Questions, without_places) -> Iterator[Section]:
+    def _of_folder(self, folder: Path, questions: Questions, scoring) -> Iterator[Section]:
         yield from self._section("fresh", self._fresh, folder)
-        yield from self._section("quantised", self._quantised, folder, questions, without_places)
+        yield from self._section("quantised", self._quantised, folder, questions, scoring)
 
     def _fresh(self, folder: Path) -> list[Finding]:
         form = "the exported model" if (folder / "config.json").is_file() else "the exported folder"
@@ -317,12 +316,12 @@ class Validation:
         self.figures["fresh"] = asdict(fresh)
         return [outcome.fresh_finding(fresh, form)]
 
-    def _quantised(self, folder: Path, questions: Questions, without_places) -> Iterator[Finding]:
+    def _quantised(self, folder: Path, questions: Questions, scoring) -> Iterator[Finding]:
         what, remedy = "quantised weights answer as float32 does", "export with --as merged"
         if not (folder / "config.json").is_file():
             yield Finding("warn", what, "not measured: adapters that are not merged are not quantised", remedy)
             return
-        measured, missing = measure_storages(folder, self.config, questions.groups, without_places)
+        measured, missing = measure_storages(folder, self.config, questions.groups, scoring)
         self.figures["quantised"] = [
             {"storage": one.storage, "bytes": one.bytes, "full_bytes": one.full_bytes, LOSS: asdict(one.loss),
              "score": asdict(one.score)}

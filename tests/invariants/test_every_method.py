@@ -31,6 +31,13 @@ from vlmtune.optim.optimizer import build_adamw
 from vlmtune.types import Batch, VlmtuneError
 
 NAMES = [*FAMILIES, "embedded"]
+EVERYWHERE = {"full", "lora", "nf4"}  # on every model in the usual test run
+# a third of the other pairs: every method on two or three models, every model with several; `make test-slow` has all
+PAIRS = [
+    pytest.param(method, name, marks=[] if method in EVERYWHERE or (row + column) % 3 == 0 else pytest.mark.slow)
+    for row, method in enumerate(METHODS)
+    for column, name in enumerate(NAMES)
+]
 
 
 def train(model: nn.Module, plan: Plan, batch: Batch, steps: int = 2) -> torch.optim.Optimizer:
@@ -60,8 +67,7 @@ def batch_of(encoded):
     return of
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "name"), PAIRS)
 def test_method(method, name, model_folder, batch_of, tmp_path):
     spec, batch, folder = METHODS[method], batch_of(name), model_folder(name)
     model, rules = load_for(folder, method)

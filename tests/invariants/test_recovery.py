@@ -223,7 +223,7 @@ def probed(make) -> Callable[..., Setup]:
     def build(name: str, lr: float, spikes: str = "rewind", **more) -> Setup:
         recovery = {"recovery": Recovery("stop", spikes, limit=20)}
         setup = make(name, rules=lambda model: full_rules(model, lr), parts=recovery, **more)
-        setup.trainer.probe = probe_of(setup.steps)
+        setup.trainer.soundness.probe = probe_of(setup.steps)
         return setup
 
     return build
@@ -239,7 +239,7 @@ def test_a_rate_that_ruins_the_model_at_once_takes_the_run_back(probed):
     assert {finding.what for _, finding in found.findings} == {"the run went back"}
     assert WORSE in found.findings[0][1].evidence
     untrained = probed("untrained", 0.0).trainer
-    before, after = (sum(t.probe.losses(t.model, "fp32")) / 3 for t in (untrained, setup.trainer))
+    before, after = (sum(t.soundness.probe.losses(t.model, "fp32")) / 3 for t in (untrained, setup.trainer))
     assert after < max(1.5 * before, before + 0.5)
 
 

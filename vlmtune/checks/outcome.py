@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from vlmtune.evaluate.diversity import Diversity
 from vlmtune.evaluate.edge_cases import Outcome
-from vlmtune.evaluate.paired import Change, holm, wilson
+from vlmtune.evaluate.paired import Change, holm
+from vlmtune.evaluate.proportions import wilson
 from vlmtune.evaluate.retention import LOSS, Comparison
 from vlmtune.evaluate.safety import Verdict
 from vlmtune.evaluate.speed import Speed
@@ -226,6 +227,10 @@ def _yes_no(polled: Polled, p: float) -> Finding:
     if scores.count >= FEWEST and abs(scores.yes_rate - truth) > YES_LEAN and not low <= truth <= high:
         leaning = "says yes too often" if scores.yes_rate > truth else "says no too often"
         return Finding("warn", what, f"{leaning}: {evidence}", "train as many questions about what is not there")
+    usual = max(truth, 1 - truth)
+    if wilson(scores.true_yes + scores.true_no, scores.count)[0] <= usual < 1:
+        blind = f"not shown to be better than always one answer ({usual:.0%}): {evidence}"
+        return Finding("warn", what, blind, "train such questions, or ask more of them")
     return Finding("pass", what, evidence)
 
 

@@ -34,7 +34,7 @@ class Course:
 
     warmup: rule -> steps, of rules that train in full; clips: all limits of gradient norms; epochs: source -> how often
     the run reads it; held_out: groups that are evaluated; checkpoint_every, evaluate_every: steps; batch: samples of
-    an optimizer step; rows: of all sources, None where one has no end.
+    an optimizer step; all_rows: of all sources, None where one has no end.
     """
 
     steps: int
@@ -45,7 +45,7 @@ class Course:
     checkpoint_every: int
     evaluate_every: int | None
     batch: int
-    rows: int | None
+    all_rows: int | None
     precision: Precision
     is_on_cpu: bool
     has_fast_bf16: bool
@@ -203,10 +203,10 @@ def _evaluations(course: Course) -> Iterable[Finding]:
 
 
 def _batches(course: Course) -> Iterable[Finding]:
-    if course.rows is None:
+    if course.all_rows is None:
         return
-    what, evidence = "a batch holds no row twice", f"{course.batch} samples of {course.rows:,} rows"
-    if course.batch > course.rows:
+    what, evidence = "a batch holds no row twice", f"{course.batch} samples of {course.all_rows:,} rows"
+    if course.batch > course.all_rows:
         yield Finding("warn", what, f"it does: {evidence}", "lower train.batch_size, or use more data")
     else:
         yield Finding("pass", what, evidence)

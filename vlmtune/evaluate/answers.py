@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.generate import generate
-from vlmtune.evaluate.metrics import score_task
+from vlmtune.evaluate.metrics import score_sample
+from vlmtune.evaluate.names import task_metrics
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.vlm import VLM
 from vlmtune.optim.precision import Precision, autocast
@@ -101,8 +102,30 @@ def _last_reply(encoded: Encoded) -> list[int]:
     return encoded.ids[carries & (encoded.turn == encoded.turn[carries].max())].tolist()
 
 
-def scores_of(answered: Answer, without_places: Callable[[str], str]) -> dict[str, float]:
-    """Metric -> score of this one sample (`metrics.score_task`)."""
-    return score_task(
-        answered.sample.task, [answered.reply], [answered.sample], [answered.boxes], without_places
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Scoring:
+    """How single samples are scored. without_places: takes boxes and points out of a reply; chosen: task -> its metrics
+    (`evaluate.metrics`), of which those of a whole corpus have no value here."""
+
+    without_places: Callable[[str], str]
+    chosen: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def scores(self, answered: Answer) -> dict[str, float]:
+        """Metric -> score of this one sample (`metrics.score_sample`); where none that is chosen has one, what the task
+        has by itself."""
+        return self._scores(answered, self.chosen.get(answered.sample.task)) or self._scores(answered, None)
+
+    def _scores(self, one: Answer, chosen: Sequence[str] | None) -> dict[str, float]:
+        return score_sample(one.sample.task, one.reply, one.sample, one.boxes, self.without_places, chosen)
+
+    def telling(self, task: str, metrics: Sequence[str]) -> str:
+        """The metric that a task is judged by: the first that is chosen or that `task_metrics` names; of an unknown
+        task whose replies hold boxes "mean_iou", because the text around them says little. metrics: there are."""
+        wanted = self.chosen.get(task)
+        if wanted is not None:
+            return next((name for name in wanted if name in metrics), metrics[0])
+        return "mean_iou" if "mean_iou" in metrics else task_metrics(task)[0]
+
+    def telling_score(self, answered: Answer) -> float:
+        scores = self.scores(answered)
+        return scores[self.telling(answered.sample.task, list(scores))]

@@ -1,8 +1,7 @@
-"""How sure a difference or a share is: paired bootstrap, sign-flip test, Wilson, Holm. Numbers in, numbers out."""
+"""How sure a difference of paired scores is: bootstrap, sign-flip test, Holm. Numbers in, numbers out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ from scipy import stats
 
 RESAMPLES = 5_000  # of the bootstrap: the ends of a 95% interval then move by a few percent of its width
 FLIPS = 9_999  # of the sign-flip test, where not every pattern of signs can be tried: the smallest p is 1e-4
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,6 @@ def _parts(total: int, width: int) -> list[int]:
     """Rows at a time, so that no table of more than a few million numbers is made."""
     size = max(1, 4_000_000 // width)
     return [min(size, total - start) for start in range(0, total, size)]
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927): sensible for few samples, and for none or all of them."""
-    if not count:
-        return 0.0, 1.0
-    share, square = hits / count, Z95**2
-    centre = (share + square / (2 * count)) / (1 + square / count)
-    half = Z95 / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def holm(values: Sequence[float]) -> list[float]:

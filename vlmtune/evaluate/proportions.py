@@ -18,16 +18,21 @@ class Estimate:
     high: float
 
 
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927): sensible for few samples, and for none or all of them."""
+    if not count:
+        return 0.0, 1.0
+    share, square = hits / count, Z**2
+    centre = (share + square / (2 * count)) / (1 + square / count)
+    half = Z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def accuracy(right: Sequence[bool]) -> Estimate:
-    """The share of what is right, with Wilson's score interval (Wilson 1927). ValueError of nothing."""
+    """The share of what is right, with Wilson's interval. ValueError of nothing."""
     if not right:
         raise ValueError("an accuracy needs at least one sample")
-    count = len(right)
-    share = sum(right) / count
-    centre = share + Z**2 / (2 * count)
-    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    whole = 1 + Z**2 / count
-    return Estimate(share, max(0.0, (centre - half) / whole), min(1.0, (centre + half) / whole))
+    return Estimate(sum(right) / len(right), *wilson(sum(right), len(right)))
 
 
 def difference(one: Sequence[bool], other: Sequence[bool]) -> Estimate:

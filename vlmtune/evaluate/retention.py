@@ -5,11 +5,10 @@ McCloskey & Cohen 1989 called the loss of what was known catastrophic interferen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmtune.evaluate.answers import Answer, scores_of
-from vlmtune.evaluate.metrics import task_metrics
+from vlmtune.evaluate.answers import Answer, Scoring
 from vlmtune.evaluate.paired import Change, paired_change
 
 LOSS = "loss"
@@ -27,9 +26,7 @@ class Comparison:
     telling: bool
 
 
-def compare(
-    before: Sequence[Answer], after: Sequence[Answer], without_places: Callable[[str], str]
-) -> list[Comparison]:
+def compare(before: Sequence[Answer], after: Sequence[Answer], scoring: Scoring) -> list[Comparison]:
     """Every metric of every group and task, its scores paired by sample; the loss last, lower being better.
 
     before, after: answers to the same samples, in the same order. ValueError: they are not.
@@ -39,9 +36,9 @@ def compare(
     found = []
     for group, task in sorted({(answer.group, answer.sample.task) for answer in after}):
         rows = [n for n, answer in enumerate(after) if (answer.group, answer.sample.task) == (group, task)]
-        pairs = [[scores_of(answers[n], without_places) for n in rows] for answers in (before, after)]
+        pairs = [[scoring.scores(answers[n]) for n in rows] for answers in (before, after)]
         metrics = list(dict.fromkeys(metric for scores in pairs[1] for metric in scores))
-        judged_by = telling_metric(task, metrics)
+        judged_by = scoring.telling(task, metrics)
         for metric in metrics:
             # a metric of boxes is there for the samples that have some
             one, other = ([scores[metric] for scores in side if metric in scores] for side in pairs)
@@ -52,23 +49,15 @@ def compare(
     return found
 
 
-def telling_metric(task: str, metrics: Sequence[str]) -> str:
-    """The first that `task_metrics` names; of an unknown task whose replies hold boxes "mean_iou", because the text
-    around them says little."""
-    return "mean_iou" if "mean_iou" in metrics else task_metrics(task)[0]
-
-
-def pooled(
-    before: Sequence[Answer], after: Sequence[Answer], without_places: Callable[[str], str]
-) -> dict[str, Change]:
+def pooled(before: Sequence[Answer], after: Sequence[Answer], scoring: Scoring) -> dict[str, Change]:
     """Group -> the telling score of each sample, over all tasks of the group."""
     found = {}
     for group in dict.fromkeys(answer.group for answer in after):
         one, other = ([], [])
         for first, second in zip(before, after, strict=True):
             if second.group == group:
-                pair = [scores_of(answer, without_places) for answer in (first, second)]
-                metric = telling_metric(second.sample.task, list(pair[1]))
+                pair = [scoring.scores(answer) for answer in (first, second)]
+                metric = scoring.telling(second.sample.task, list(pair[1]))
                 one.append(pair[0][metric])
                 other.append(pair[1][metric])
         found[group] = paired_change(one, other)

@@ -19,7 +19,7 @@ from typing import Literal
 
 from vlmtune.data.negatives import objects_of
 from vlmtune.evaluate.metrics import reference_text
-from vlmtune.evaluate.paired import wilson
+from vlmtune.evaluate.proportions import wilson
 from vlmtune.types import Sample, Text, Turn, VlmtuneError
 
 YesNo = Literal["yes", "no"]

@@ -152,6 +152,7 @@ TRUTHS = ["yes", "no"] * 20
         (TRUTHS, ["dunno"] * 30 + ["yes", "no"] * 5, "warn", "30 of 40 replies say neither"),
         (TRUTHS, ["yes", "no"] * 15 + ["no", "yes"] * 5, "warn", "worse than the base"),
         (["yes"] * 40, ["yes"] * 30 + ["yes", "no"] * 5, "warn", "says yes too often"),
+        (["yes"] * 40, ["yes", "yes", "no", "no"] * 10, "warn", "better than always one answer (50%)"),
     ],
 )
 def test_yes_and_no(before, after, level, said):

@@ -13,7 +13,7 @@ from vlmtune.checks.settings import Course, generation_finding, settings_finding
 
 USUAL = Course(
     steps=1000, warmup={"projector": 30}, clips=[1.0], epochs={"a.jsonl": 2.0}, held_out=["val"], checkpoint_every=200,
-    evaluate_every=100, batch=16, rows=5000,
+    evaluate_every=100, batch=16, all_rows=5000,
     precision="bf16", is_on_cpu=False, has_fast_bf16=True,
 )  # fmt: skip
 PROJECTOR = {"part": "projector", "rule": "projector", "method": "full", "parameters": 20_000_000,
@@ -75,7 +75,7 @@ def test_full_training_takes_less_than_lora():
         ({"clips": [1e-6]}, "gradients are clipped", "at 1e-06"),
         ({"epochs": {"a.jsonl": 1.0, "b.jsonl": 40.0}}, "no source is read too often", "b.jsonl 40 times"),
         ({"evaluate_every": 1000}, "held-out data is looked at on the way", "every 1,000 steps, and the run has 1,000"),
-        ({"batch": 64, "rows": 40}, "a batch holds no row twice", "64 samples of 40 rows"),
+        ({"batch": 64, "all_rows": 40}, "a batch holds no row twice", "64 samples of 40 rows"),
         ({"epochs": {"a.jsonl": 1.0, "b.jsonl": 0.0}}, "every source is read", "not one sample of b.jsonl"),
         ({"held_out": []}, "something is held out", "data.eval is empty"),
         ({"steps": 2000, "checkpoint_every": 5000}, "checkpoints are written on the way", "every 5,000 steps"),
@@ -93,7 +93,7 @@ def test_a_value_out_of_range(changed, what, said):
     [
         {"warmup": {}},
         {"evaluate_every": None},
-        {"rows": None},
+        {"all_rows": None},
         {"steps": 900, "checkpoint_every": 5000},
         {"epochs": {}},
     ],

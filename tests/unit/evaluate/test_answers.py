@@ -9,9 +9,9 @@ from training_setup import write_boxes, write_data
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
 from vlmtune.data.sources import FileSource
-from vlmtune.evaluate.answers import answer, scores_of
+from vlmtune.evaluate.answers import Scoring, answer
 from vlmtune.evaluate.evaluation import evaluate
-from vlmtune.evaluate.retention import LOSS, compare, pooled, telling_metric
+from vlmtune.evaluate.retention import LOSS, compare, pooled
 from vlmtune.models.load import load_model, load_processor
 
 
@@ -35,7 +35,7 @@ def test_they_average_to_what_evaluate_reports(asked):
     found = answers_of(asked)
     expected = evaluate(model, encoder, {"held": sources}, limit=None, batch_size=3, max_new_tokens=9)
     assert [one.reply for one in found] == [one.reply for one in expected.scored]
-    compared = compare(found, found, encoder.coordinates.without_places)
+    compared = compare(found, found, Scoring(encoder.coordinates.without_places))
     for one in compared:
         if one.metric != LOSS:
             value = expected.metrics[f"{one.group}/{one.task}/{one.metric}"]
@@ -83,21 +83,38 @@ def test_pairs_are_of_the_same_samples(asked):
     _, encoder, _ = asked
     found = answers_of(asked)
     with pytest.raises(ValueError, match="same samples in the same order"):
-        compare(found, found[::-1], encoder.coordinates.without_places)
+        compare(found, found[::-1], Scoring(encoder.coordinates.without_places))
     without = answers_of(asked, with_reference=False)
     assert all(one.loss is None and one.target is None for one in without)
-    assert LOSS not in {one.metric for one in compare(without, without, encoder.coordinates.without_places)}
+    assert LOSS not in {one.metric for one in compare(without, without, Scoring(encoder.coordinates.without_places))}
 
 
 def test_pooled_is_the_mean_of_telling_scores(asked):
     _, encoder, _ = asked
     found = answers_of(asked)
-    strip = encoder.coordinates.without_places
-    scores = [scores_of(one, strip)[telling_metric(one.sample.task, list(scores_of(one, strip)))] for one in found]
-    change = pooled(found, found, strip)["held"]
+    scoring = Scoring(encoder.coordinates.without_places)
+    scores = [scoring.telling_score(one) for one in found]
+    change = pooled(found, found, scoring)["held"]
     assert change.after == pytest.approx(sum(scores) / len(scores)) and change.count == 10
 
 
 def test_an_unknown_task_with_boxes_is_judged_by_them():
-    assert telling_metric("parts", ["exact_match", "mean_iou", "acc_50"]) == "mean_iou"
-    assert telling_metric("parts", ["exact_match"]) == "exact_match"
+    scoring = Scoring(str.strip)
+    assert scoring.telling("parts", ["exact_match", "mean_iou", "acc_50"]) == "mean_iou"
+    assert scoring.telling("parts", ["exact_match"]) == "exact_match"
+
+
+def test_chosen_metrics_score_single_samples_where_they_can(asked):
+    """Of a corpus metric a single sample has no value: the others are asked, or those that the task has by itself."""
+    _, encoder, _ = asked
+    found = answers_of(asked)
+    task = found[0].sample.task
+
+    def metrics(*names: str) -> tuple[list[str], str]:
+        scoring = Scoring(encoder.coordinates.without_places, {task: names})
+        scores = list(scoring.scores(found[0]))
+        return scores, scoring.telling(task, scores)
+
+    assert metrics("bleu", "rouge_l", "anls") == (["rouge_l", "anls"], "rouge_l")
+    default = list(Scoring(encoder.coordinates.without_places).scores(found[0]))
+    assert metrics("bleu", "cider")[0] == default

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vlmtune.evaluate.paired import holm, paired_change, wilson
+from vlmtune.evaluate.paired import holm, paired_change
 
 SCORES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20)
 
@@ -86,16 +86,6 @@ def test_unequal_or_no_samples_are_refused():
     for before, after in (([], []), ([1.0], [1.0, 0.0])):
         with pytest.raises(ValueError, match="same samples twice"):
             paired_change(before, after)
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (3, 10), (812, 1000)])
-def test_wilson_is_that_of_scipy(hits, count):
-    expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
-    assert wilson(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-def test_wilson_of_nothing_knows_nothing():
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_holm_by_hand():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from vlmtune.evaluate.proportions import accuracy, difference
+from vlmtune.evaluate.proportions import accuracy, difference, wilson
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=120)
 
@@ -20,6 +20,10 @@ def test_wilson_is_scipys(drawn):
     theirs = binomtest(hits, count).proportion_ci(method="wilson")
     assert found.value == hits / count
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_wilson_of_nothing_knows_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
 
 
 @given(OUTCOMES)
