@@ -56,6 +56,7 @@ def run_trial(config: Config, arm: str, console: Console, stop: StopRequest) -> 
     write_text(run / "config.yaml", dump_config(config))  # with the held-out data, for `vlmtune eval`
     gc.collect()  # two models may not fit beside each other
     loaded = load_run(run, "latest")
+    place(loaded.model, best_device())
     scores = score(loaded.model, loaded.encoder, config, loaded.precision, console)
     rows = read_json(run / "assignment.json", AGAIN)
     memory = read_json(run / "memory.json", AGAIN)

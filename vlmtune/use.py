@@ -112,6 +112,7 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     groups = build_eval_groups(loaded.config)
     if not groups:
         raise VlmtuneError(f"{run}: its config has no data.eval, so there is nothing to evaluate on.")
+    place(loaded.model, best_device())
     with CountingBar(console) as bar:
         groups = fit_data(loaded.config, loaded.encoder, [], groups, bar).groups
     wish = loaded.config.evaluate
@@ -124,11 +125,11 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     )  # fmt: skip
     nested: dict[str, dict] = {}
     for name, value in result.metrics.items():
-        place, metric = (
+        where, metric = (
             (name[5:], "loss") if name.startswith("loss/") else (name.rpartition("/")[0], name.rpartition("/")[2])
         )
-        if place:
-            nested.setdefault(place, {})[metric] = {"after": value}
+        if where:
+            nested.setdefault(where, {})[metric] = {"after": value}
     console.print(metrics_table(dict(sorted(nested.items()))))
     return result.metrics
 
@@ -172,6 +173,7 @@ def predict(
         raise VlmtuneError(f"--checkpoint {checkpoint}: {model} is not a run folder; leave it out, or pass the run.")
     parts = [ImageRef(image), *_prompt_parts(prompt, region)]
     network, encoder, precision = open_model(model, checkpoint)
+    place(network, best_device())
     if is_run and system is None:
         system = load_config(str(Path(model, "config.yaml"))).data.system
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
