@@ -40,7 +40,7 @@ from vlmtune.models.quantise import place
 from vlmtune.observe.alignment_page import write_alignment_page
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.precision import autocast
-from vlmtune.paths import require_folder, write_text
+from vlmtune.paths import require_folder, require_run, write_text
 from vlmtune.samples import question_text
 from vlmtune.sealed import finite, stage_folders
 from vlmtune.types import Finding, Sample, VlmtuneError
@@ -97,8 +97,7 @@ def align(
     if samples < FEWEST:
         raise VlmtuneError(f"--samples {samples}: at least {FEWEST} of each level, else no interval says anything.")
     stage = last_stage(run)
-    if not (stage / "config.yaml").is_file():
-        raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
+    require_run(stage)
     find_checkpoint(run, checkpoint)  # refused before anything is measured
     require_folder(run, "run folder", "make it writable")
     config = load_config(str(stage / "config.yaml"))

@@ -351,7 +351,9 @@ def align(
     level: Annotated[
         list[str] | None, typer.Option(help="task=level, for rows without meta.level; can be repeated")
     ] = None,
-    samples: Annotated[int, typer.Option(help="test questions of each level; probes learn from 3 times as many")] = 100,
+    samples: Annotated[
+        int, typer.Option(help="test questions of each level, 20 or more; probes learn from 3 times as many")
+    ] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="print the matrix as JSON")] = False,
 ) -> None:
     """Does language say what vision shows? Objects, attributes, relations, scenes, before and after training."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from vlmtune.checks.after import (
     sparkline,
     weight_findings,
 )
+from vlmtune.config import load_config
 from vlmtune.failure import json_values, load_failure
 from vlmtune.observe.log import read_history
 from vlmtune.replay import as_record, described, find_failure, replay
@@ -47,7 +48,7 @@ def examine(path: Path, console: Console, failure: str | None = None, as_json: b
     else:
         run = failed_stage(path)
         record, lines, code = _replayed(run, failure)
-        found = {"data": _data(run), "config": _config(run), "code": _code(run)}
+        found = {name: _asked(ask, run) for name, ask in (("data", _data), ("config", _config), ("code", _code))}
     record["findings"] = [
         {"section": section, **asdict(finding)} for section, findings in found.items() for finding in findings
     ]
@@ -93,6 +94,14 @@ def _lines(found: Mapping[str, list[Finding]]) -> list[str]:
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
 
+def _asked(ask: Callable[[Path], list[Finding]], run: Path) -> list[Finding]:
+    """A file that is damaged is a finding too: the other questions are asked all the same."""
+    try:
+        return ask(run)
+    except VlmtuneError as error:
+        return [Finding("fail", "its files can be read", str(error).rstrip("."))]
+
+
 def _data(run: Path) -> list[Finding]:
     composition = _read(run / "composition.json", [])
     dropped = run / "dropped.jsonl"
@@ -105,8 +114,30 @@ def _data(run: Path) -> list[Finding]:
 def _config(run: Path) -> list[Finding]:
     history = read_history(run / "history.jsonl")
     steps = max((record["step"] for record in history), default=0)
-    metrics = _read(run / "summary.json", {}).get("metrics", {})
-    return [*course_findings(_read(run / "start.json", []), history, steps), *outcome_findings(metrics)]
+    found = [*_readable(run), *course_findings(_read(run / "start.json", []), history, steps)]
+    summary = _read(run / "summary.json", None)
+    if summary is None:
+        evidence = f"not yet, it stands at step {steps:,}: the same command goes on"
+        return [*found, Finding("pass", "the run has come to its end", evidence)]
+    return [*found, *outcome_findings(summary.get("metrics", {}))]
+
+
+def _readable(run: Path) -> list[Finding]:
+    """The config, and the lines of the history."""
+    found = []
+    what = "config.yaml can be read"
+    try:
+        load_config(str(run / "config.yaml"))
+        found.append(Finding("pass", what, "every key is known to this version"))
+    except VlmtuneError as error:
+        found.append(Finding("fail", what, str(error).rstrip("."), "put back the file that the run wrote"))
+    history = run / "history.jsonl"
+    lines = history.read_text(encoding="utf-8", errors="replace").splitlines() if history.is_file() else []
+    torn = len([line for line in lines if line.strip()]) - len(read_history(history))
+    if torn:
+        evidence = f"no, from line {len(lines) - torn + 1} on {torn} cannot be"
+        found.append(Finding("warn", "history.jsonl can be read", evidence, "start the run again, which mends its end"))
+    return found
 
 
 def _code(run: Path) -> list[Finding]:
@@ -118,7 +149,7 @@ def _code(run: Path) -> list[Finding]:
     except VlmtuneError as error:
         return [*found, Finding("fail", "checkpoints are whole", str(error).rstrip("."))]
     if newest is None:
-        return [*found, Finding("warn", "checkpoints are whole", "there is none yet", "train the run first")]
+        return [*found, _no_checkpoint(run)]
     for complaint in complaints:
         found.append(Finding("warn", "checkpoints are whole", complaint, f"{newest.name} is used"))
     if not complaints:
@@ -126,6 +157,16 @@ def _code(run: Path) -> list[Finding]:
             Finding("pass", "checkpoints are whole", f"{len(checkpoint_folders(folder))} in all, newest {newest.name}")
         )
     return [*found, *_weights(newest)]
+
+
+def _no_checkpoint(run: Path) -> Finding:
+    what = "checkpoints are whole"
+    if (run / "summary.json").is_file():
+        return Finding("fail", what, "there is none, but the run was finished", "bring back its folder checkpoints")
+    steps = max((record["step"] for record in read_history(run / "history.jsonl")), default=0)
+    return Finding(
+        "warn", what, f"there is none at step {steps:,}", "wait for checkpoint.every, or see where they went"
+    )
 
 
 def _versions(then: Mapping[str, str | None]) -> Finding:

@@ -131,3 +131,19 @@ def _takes_files(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def require_run(path: Path) -> None:
+    """Refuse what is not a run folder: one with a config.yaml. Raises VlmtuneError that says what it is instead."""
+    if (path / "config.yaml").is_file():
+        return
+    if not path.exists():
+        raise VlmtuneError(f"{path} does not exist; pass the folder of a run.")
+    for parent in path.absolute().parents:
+        if (parent / "config.yaml").is_file() and (parent / "assignment.json").is_file():
+            raise VlmtuneError(f"{path} lies in the run folder {parent}; pass that.")
+    if path.is_file():
+        raise VlmtuneError(f"{path} is a file; pass the folder of a run.")
+    inside = sorted(found.parent.name for found in path.glob("*/config.yaml"))
+    hint = f"; it holds the runs {', '.join(inside[:4])}" + (", …" if len(inside) > 4 else "") if inside else ""
+    raise VlmtuneError(f"{path} is not a run folder: config.yaml is missing{hint}.")

@@ -22,6 +22,7 @@ from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import embedding_rows
+from vlmtune.paths import require_run
 from vlmtune.schedule import learning_rates
 from vlmtune.step import TrainingModule
 from vlmtune.types import Finding, VlmtuneError
@@ -54,14 +55,15 @@ class Replay:
 
 def find_failure(run: Path, name: str | None) -> Path | None:
     """The folder of a failure; None where a run has none and none was asked for. name: None for the newest."""
-    if not (run / "config.yaml").is_file():
-        raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
+    require_run(run)
     saved = sorted(path for path in (run / "failures").glob("step_*") if path.is_dir())
     if name is None:
         return saved[-1] if saved else None
     chosen = run / "failures" / name
     if chosen not in saved:
-        known = ", ".join(path.name for path in saved) or "none"
+        if not saved:
+            raise VlmtuneError(f"{run} has saved no failure; leave --failure out.")
+        known = ", ".join(path.name for path in saved)
         raise VlmtuneError(f"{run} has no failure {name!r}; pass --failure with one of: {known}.")
     return chosen
 

@@ -37,6 +37,7 @@ from vlmtune.models.readouts import readouts_of
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.precision import Precision, autocast, resolve_precision
 from vlmtune.outcome import metrics_table
+from vlmtune.paths import require_run
 from vlmtune.probe import require_same_losses
 from vlmtune.sealed import stage_folders
 from vlmtune.types import Box, Boxes, ImageRef, Point, Sample, Text, Turn, VlmtuneError
@@ -60,8 +61,7 @@ def load_run(run: Path, checkpoint: str, as_stored: bool = True) -> Loaded:
     as_stored: base weights in the formats of the plan, as in training; False: all of them in float32.
     """
     run = last_stage(run)
-    if not (run / "config.yaml").is_file():
-        raise VlmtuneError(f"{run} is not a run folder: config.yaml is missing.")
+    require_run(run)
     config = load_config(str(run / "config.yaml"))
     folder = None if checkpoint == "base" else find_checkpoint(run, checkpoint)
     base = load_base(config, as_stored)
@@ -100,7 +100,9 @@ def find_checkpoint(run: Path, name: str) -> Path:
     folder = run / "checkpoints" / name
     if not (folder / "state.json").is_file():
         links = [link for link in ("latest", "best") if (run / "checkpoints" / link).exists()]
-        known = ", ".join([*links, *(p.name for p in checkpoints(run / "checkpoints"))]) or "none"
+        known = ", ".join([*links, *(p.name for p in checkpoints(run / "checkpoints"))])
+        if not known:
+            raise VlmtuneError(f"{run} has no checkpoint at all; train it, or bring back its folder checkpoints.")
         why = " best exists once evaluate.every is set;" if name == "best" else ""
         raise VlmtuneError(f"{run} has no checkpoint {name!r};{why} pass --checkpoint with one of: {known}.")
     return folder

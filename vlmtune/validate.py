@@ -37,7 +37,7 @@ from vlmtune.fresh import Place, answers_at, ask_fresh, places_to_ask, record_of
 from vlmtune.models.load import stored_dtype
 from vlmtune.models.quantise import QUANTISED, place
 from vlmtune.optim.precision import Precision
-from vlmtune.paths import write_text
+from vlmtune.paths import require_run, write_text
 from vlmtune.quantised import measure_storages
 from vlmtune.questions import Answers, Questions, ask, gather, read_files
 from vlmtune.sealed import finite, read_json, stage_folders
@@ -107,7 +107,9 @@ class Validation:
     def __init__(self, root: Path, wish: Wish, console: Console):
         unknown = [name for name in wish.skip if name not in SECTIONS]
         if unknown:
-            raise VlmtuneError(f"--skip {unknown[0]}: there is no such section; there are {', '.join(SECTIONS)}.")
+            raise VlmtuneError(f"--skip {unknown[0]!r}: there is no such section; there are {', '.join(SECTIONS)}.")
+        if set(SECTIONS) <= set(wish.skip):
+            raise VlmtuneError("--skip names every section, so there is nothing left to look at; leave one out of it.")
         for option, given, section in (
             ("--safety", wish.safety is not None, "safety"), ("--pope", wish.pope is not None, "yes_no"),
             ("--question", wish.question != QUESTION, "yes_no"), ("--retain", bool(wish.retain), "retention"),
@@ -120,8 +122,7 @@ class Validation:
             raise VlmtuneError("--checkpoint base: the base is what a checkpoint is compared with; name a checkpoint.")
         self.wish, self.console = wish, console
         self.run = last_stage(root)
-        if not (self.run / "config.yaml").is_file():
-            raise VlmtuneError(f"{self.run} is not a run folder: config.yaml is missing.")
+        require_run(self.run)
         self.config = load_config(str(self.run / "config.yaml"))
         self.step = find_checkpoint(self.run, wish.checkpoint).resolve().name
         self.base_model = _first_model(root, self.config)

@@ -185,7 +185,11 @@ def test_a_wrong_option_or_file_is_one_sentence_and_changes_nothing(learned, tmp
         (["--pope", tmp_path / "no.jsonl"], "the reply of a yes/no probe is yes or no"),
         (["--judge", "true"], "--judge judges the replies to --safety FILE"),
         (["--safety", tmp_path / "no.jsonl", "--skip", "safety"], "--skip leaves out"),
-        (["--skip", "sped"], "--skip sped: there is no such section"),
+        (["--skip", "sped"], "--skip 'sped': there is no such section"),
+        (
+            ["--skip", "edge_cases,speed,task,retention,diversity,yes_no,safety,fresh,quantised"],
+            "nothing left to look at",
+        ),
         (["--checkpoint", "base"], "name a checkpoint"),
         (["--checkpoint", "step_9"], "no checkpoint 'step_9'"),
         (["--card", tmp_path / "folder"], "is not a folder that `vlmtune export` wrote"),

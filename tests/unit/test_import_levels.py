@@ -135,6 +135,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
             )
         ),
         *(("align", other) for other in ("build", "config", "samples", "use")),
+        ("doctor", "config"),
         ("doctor", "failure"),
         ("doctor", "replay"),
         *(("arms", other) for other in ("build", "build_course", "build_loss", "config")),

@@ -99,22 +99,50 @@ def _said(history: Records) -> Iterator[Finding]:
 
 
 def _trend(train: Records) -> Iterator[Finding]:
+    """Judged task by task: which tasks a batch has moves its loss more than learning does."""
     what = "the training loss fell"
     losses = [record["loss"] for record in train if record["loss"] is not None]
     if len(losses) < FEW:
         return
-    part = max(2, len(losses) // 5)
-    first, last = statistics.fmean(losses[:part]), statistics.fmean(losses[-part:])
+    first, last, doubt = _ends([_losses_by_task(record) for record in train])
     evidence = f"from {first:.3g} to {last:.3g}  {sparkline(losses)}"
-    if last > (1 + ROSE) * first:
+    if last > (1 + ROSE) * first and last - first > doubt:
         yield Finding("fail", what, f"no, it rose {evidence}", "lower the learning rates, or lengthen the warmup")
-    elif last > (1 - FELL) * first:
+    elif last <= (1 - FELL) * first:
+        yield Finding("pass", what, evidence)
+    elif doubt > ROSE * first:
+        yield Finding("pass", what, f"cannot be told yet: {evidence}, give or take {doubt:.2g}")
+    else:
         yield Finding(
             "warn", what, f"hardly: {evidence}",
             "raise the learning rates, train longer, or look with `vlmtune inspect` whether the replies can be known",
         )  # fmt: skip
-    else:
-        yield Finding("pass", what, evidence)
+
+
+def _losses_by_task(record: Mapping[str, Any]) -> dict[str, float]:
+    tasks = record.get("loss_by_task") or {"": record["loss"]}
+    return {task: loss for task, loss in tasks.items() if loss is not None}
+
+
+def _ends(records: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
+    """Mean loss of the first and of the last fifth of the records, and two standard errors of their difference.
+
+    Means over the tasks that both have, each weighing the same.
+    """
+    part = max(2, len(records) // 5)
+    ends = [
+        {task: [r[task] for r in some if task in r] for task in {task for record in some for task in record}}
+        for some in (records[:part], records[-part:])
+    ]
+    common = sorted(ends[0].keys() & ends[1].keys())
+    if not common:  # tasks come one after the other
+        ends = [{"": [loss for losses in end.values() for loss in losses]} for end in ends]
+        common = [""]
+    first, last = (statistics.fmean(statistics.fmean(end[task]) for task in common) for end in ends)
+    variances = [
+        statistics.variance(end[task]) / len(end[task]) for end in ends for task in common if len(end[task]) > 1
+    ]
+    return first, last, 2 * math.sqrt(sum(variances)) / len(common)
 
 
 def _overfit(history: Records, train: Records) -> Iterator[Finding]:

@@ -127,7 +127,9 @@ def diversity_findings(replies: Sequence[Replies], max_new_tokens: int) -> list[
     """One finding for each question: do replies differ, repeat themselves, end."""
     counted = [one for one in replies if one.said.count >= FEWEST]
     if not counted:
-        return []
+        most = max((one.said.count for one in replies), default=0)
+        evidence = f"not judged: at most {most} replies of a task, at least {FEWEST} are needed"
+        return [Finding("pass", "replies differ as the references do", evidence)]
     return [_differ(counted), _repeat(counted), _end(counted, max_new_tokens)]
 
 

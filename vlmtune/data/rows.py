@@ -360,7 +360,9 @@ def _image_number(part: dict, what: str, place: str, ids: list[str | None]) -> i
 def _boxes(values: list, place: str) -> tuple:
     for value in values:
         if not _are_numbers(value, 4):
-            raise VlmtuneError(f"{place}: box {str(value)[:80]} is not [x1, y1, x2, y2] in pixels.")
+            raise VlmtuneError(
+                f"{place}: box {str(value)[:80]} is not [x1, y1, x2, y2] in pixels with x1 <= x2 and y1 <= y2."
+            )
         if value[0] > value[2] or value[1] > value[3]:
             raise VlmtuneError(
                 f"{place}: box {str(value)[:80]} is not [x1, y1, x2, y2] in pixels with x1 <= x2 and y1 <= y2; if it "
@@ -513,8 +515,8 @@ def _check_turns(sample: Sample, where: str) -> None:
             )
         if turn.role == "assistant" and any(isinstance(p, ImageRef) for p in turn.parts):
             raise VlmtuneError(
-                f"{where}: message {number} puts an image into an assistant reply; move it to the user, or are user "
-                "and assistant exchanged?",
+                f"{where}: message {number} puts an image into an assistant reply; move it to the user, or exchange "
+                "the roles if they are the wrong way round.",
                 code="image_in_reply",
             )
 
