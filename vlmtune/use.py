@@ -177,7 +177,7 @@ def predict(
     network, encoder, precision = open_model(model, checkpoint)
     place(network, best_device())
     if is_run and system is None:
-        system = load_config(str(Path(model, "config.yaml"))).data.system
+        system = load_config(str(last_stage(Path(model)) / "config.yaml")).data.system
     sample = Sample("predict", (Turn("user", tuple(parts)),), origin=str(image))
     if system is not None:
         sample = with_system(sample, system_prompt(system))

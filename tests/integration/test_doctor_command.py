@@ -92,7 +92,7 @@ def test_a_run_without_a_failure(write_config, vlmtune):
     code, out, _ = vlmtune("doctor", run_of(config), "--json")
     assert code == 0 and json.loads(out)["failure"] is None
     code, _, err = vlmtune("doctor", run_of(config), "--failure", "step_000001")
-    assert code == 1 and "no failure 'step_000001'; pass --failure with one of: none" in err
+    assert code == 1 and "has saved no failure; leave --failure out" in err
 
 
 def test_the_questions_come_in_order_and_what_is_ruled_out_is_said(write_config, vlmtune):
@@ -199,3 +199,44 @@ def test_float16_with_a_module_that_overflows(write_config, vlmtune, compute, wh
     assert found["now"]["origin"] == found["then"]["origin"] and found["now"]["origin"]["dtype"] == "float16"
     assert found["now"]["origin"]["module"].startswith(where)
     assert any(cause["what"].startswith("float16 overflow in") for cause in found["now"]["causes"])
+
+
+def test_damaged_and_missing_files_of_a_run_are_named_among_the_other_answers(write_config, vlmtune, tmp_path):
+    config = write_config("run", 3)
+    assert vlmtune("train", config)[0] == 0
+    run = run_of(config)
+
+    def said() -> list[str]:
+        return vlmtune("doctor", run)[1].splitlines()
+
+    whole = {path: path.read_text() for path in (run / "config.yaml", run / "summary.json", run / "history.jsonl")}
+    (run / "config.yaml").write_text("model: [unclosed")
+    assert any(line.startswith("config: fail: config.yaml can be read") for line in said())
+    (run / "config.yaml").write_text(whole[run / "config.yaml"])
+    (run / "history.jsonl").write_text(whole[run / "history.jsonl"] + '{"kind": "tra')
+    assert any(line.startswith("config: warn: history.jsonl can be read: no, from line") for line in said())
+    (run / "history.jsonl").write_text(whole[run / "history.jsonl"])
+    (run / "summary.json").write_text("{")
+    lines = said()
+    assert any(line.startswith("config: fail: its files can be read") and "summary.json" in line for line in lines)
+    assert any(line.startswith("code: ") for line in lines), "the other questions are asked all the same"
+    (run / "summary.json").unlink()
+    assert any("the run has come to its end: not yet, it stands at step 3" in line for line in said())
+    (run / "summary.json").write_text(whole[run / "summary.json"])
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    assert any("code: fail: checkpoints are whole: there is none, but the run was finished" in line for line in said())
+
+
+def test_what_is_no_run_is_told_what_it_is(write_config, vlmtune, tmp_path):
+    config = write_config("run", 3)
+    assert vlmtune("train", config)[0] == 0
+    run = run_of(config)
+    for path, words in (
+        (tmp_path / "nowhere", "does not exist"),
+        (run / "checkpoints", f"lies in the run folder {run}; pass that"),
+        (config, "is a file; pass the folder of a run"),
+        (tmp_path, "config.yaml is missing; it holds the runs run"),
+    ):
+        for command in ("doctor", "validate", "align", "eval"):
+            code, _, err = vlmtune(command, path)
+            assert code == 1 and words in " ".join(err.split()), (command, err)

@@ -170,3 +170,35 @@ def test_a_line_of_eighths():
     assert sparkline([1.0] * 5) == EIGHTHS[0] * 5
     line = sparkline([float(n) for n in range(1000)], width=40)
     assert len(line) == 40 and list(line) == sorted(line)
+
+
+def mixed(easy: list[float | None], hard: list[float | None]) -> list[dict]:
+    """Records whose loss is the mean of the tasks that their batch had."""
+    history = run([1.0] * len(easy))
+    for record, *pair in zip(history, easy, hard, strict=True):
+        tasks = {name: loss for name, loss in zip(("easy", "hard"), pair, strict=True) if loss is not None}
+        record |= {"loss_by_task": tasks, "loss": sum(tasks.values()) / len(tasks)}
+    return history
+
+
+def trend(history: list[dict]) -> tuple[str, str]:
+    return next((f.level, f.evidence) for f in course_findings([], history, 200) if f.what == "the training loss fell")
+
+
+def test_the_trend_is_that_of_every_task_not_of_their_mixture():
+    """The first batches are of the easy task, the last ones of the hard one: both fall, and the mean rises."""
+    falling = [1 - 0.02 * n for n in range(20)]
+    easy = [loss if n < 16 or n % 2 else None for n, loss in enumerate(falling)]
+    hard = [9 * loss if n > 3 or n % 2 else None for n, loss in enumerate(falling)]
+    history = mixed(easy, hard)
+    assert history[-2]["loss"] > history[0]["loss"]
+    assert trend(history)[0] == "pass"
+    rising = [1 + 0.05 * n for n in range(20)]
+    assert trend(mixed(rising, [9 * loss for loss in rising]))[0] == "fail"
+
+
+def test_a_loss_that_scatters_more_than_it_moves_is_not_judged():
+    scattered = [2.0, 6.0, 3.0, 5.0, 2.5, 6.0, 3.0, 5.5, 2.5, 6.5]
+    level, evidence = trend(run(scattered))
+    assert level == "pass" and "cannot be told yet" in evidence
+    assert trend(run([4.0, 4.02] * 10))[0] == "warn", "little scatter, and no trend"

@@ -132,7 +132,8 @@ def test_replies_that_never_end():
 
 
 def test_few_samples_say_nothing_about_replies():
-    assert outcome.diversity_findings([replies(["a"] * 7, MANY[:7])], 64) == []
+    (found,) = outcome.diversity_findings([replies(["a"] * 7, MANY[:7])], 64)
+    assert found.level == "pass" and "not judged: at most 7 replies" in found.evidence
 
 
 def polled(before: list[str], after: list[str], truths: list[str]) -> Polled:
