@@ -243,8 +243,8 @@ def test_a_recipe_takes_overrides():
     ("name", "expected"),
     [
         ("embeded_base", "Did you mean embedded_base?"),
-        ("zzzz", "'zzzz' is neither a .yaml file nor a recipe (debug"),
-        ("missing.yaml", "config missing.yaml does not exist; recipes that ship: debug"),
+        ("zzzz", "'zzzz' is neither a .yaml file nor a recipe (compare"),
+        ("missing.yaml", "config missing.yaml does not exist; recipes that ship: compare, debug"),
     ],
 )
 def test_a_config_that_is_not_there_is_named(name, expected):

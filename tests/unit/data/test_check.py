@@ -134,7 +134,7 @@ def test_every_image_of_a_row_has_its_own_finding(encoder, tmp_path):
         ("box_order", answered_by_box([20, 12, 14, 10]), "as in COCO"),
         ("box_fraction", answered_by_box([0.1, 0.1, 0.9, 0.5]), "in fractions of the image"),
         ("image_in_reply", {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "a.png"}]},
-                                         {"role": "user", "content": "red"}]}, "assistant exchanged"),
+                                         {"role": "user", "content": "red"}]}, "exchange the roles"),
         ("text_broken", question(0, answer="grÃ¶ÃŸer"), "another encoding"),
         ("text_marker", question(0, answer="red<|im_end|>"), "looks like the marker"),
         ("box_text", question(0, "a.png", answer="[1, 2, 30, 20]"), "write a box part"),
