@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vlmtune.build import best_device, build_eval_groups, fit_data
+from vlmtune.check import finding_line
 from vlmtune.checks.alignment import reading, shown
 from vlmtune.config import Config, load_config
 from vlmtune.data.atlas import ConceptGroup
@@ -39,6 +40,7 @@ from vlmtune.models.features import STAGES, Stage, stage_digest
 from vlmtune.models.quantise import place
 from vlmtune.observe.alignment_page import write_alignment_page
 from vlmtune.observe.log import CountingBar
+from vlmtune.observe.page import write_page
 from vlmtune.optim.precision import autocast
 from vlmtune.paths import require_folder, require_run, write_text
 from vlmtune.samples import question_text
@@ -115,6 +117,7 @@ def align(
     record = as_record(matrix, run, checkpoint, on if on == "data" else f"scenes of {concepts} concepts")
     write_text(run / "align.json", json.dumps(finite(record), indent=1))
     page = write_alignment_page(run / "align.html", record, pictures(matrix))
+    write_page(run)  # it shows the matrix too
     if as_json:
         print(json.dumps(finite(record), indent=1))
     said.print(matrix_table(matrix))
@@ -238,11 +241,8 @@ def matrix_table(matrix: Matrix) -> Table:
 
 def lines(matrix: Matrix) -> Iterator[str]:
     """Findings, then what could not be measured, in rich's markup."""
-    colours = {"pass": "green", "warn": "yellow", "fail": "bold red"}
     for findings in matrix.findings.values():
-        for finding in findings:
-            text = f"{finding.what}: {finding.evidence}" + (f"; {finding.remedy}" if finding.remedy else "")
-            yield f"[{colours[finding.level]}]{finding.level}[/]  {escape(text)}"
+        yield from map(finding_line, findings)
     for level, why in matrix.asked.too_few.items():
         yield escape(f"{level}: not measured: {why}")
     for reason, count in matrix.asked.left_out.items():

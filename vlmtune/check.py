@@ -103,12 +103,15 @@ def check(
 
 def described(section: Section) -> list[str]:
     """Lines for people, in rich's markup."""
-    colours = {"pass": "green", "warn": "yellow", "fail": "bold red"}
-    lines = [f"[bold]{section.name}[/]  {section.seconds:.1f} s"]
-    for finding in section.findings:
-        text = f"{finding.what}: {finding.evidence}" + (f"; {finding.remedy}" if finding.remedy else "")
-        lines.append(f"  [{colours[finding.level]}]{finding.level}[/]  {escape(text)}")
-    return lines
+    lines = [f"  {finding_line(finding)}" for finding in section.findings]
+    return [f"[bold]{section.name}[/]  {section.seconds:.1f} s", *lines]
+
+
+def finding_line(finding: Finding) -> str:
+    """In rich's markup."""
+    colour = {"pass": "green", "warn": "yellow", "fail": "bold red"}[finding.level]
+    text = f"{finding.what}: {finding.evidence}" + (f"; {finding.remedy}" if finding.remedy else "")
+    return f"[{colour}]{finding.level}[/]  {escape(text)}"
 
 
 def as_record(sections: Sequence[Section]) -> list[dict[str, Any]]:

@@ -219,8 +219,8 @@ def compare(
     from vlmtune.config import load_config
 
     wish = load_config(config, overrides or [])
-    from vlmtune.compare import compare as run
-    from vlmtune.compare import parse_rates
+    from vlmtune.comparison.command import compare as run
+    from vlmtune.comparison.command import parse_rates
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     with StopRequest("the same command continues").listening():
@@ -311,8 +311,8 @@ def validate(
 ) -> None:
     """What came out of a run: learned, kept, varied, honest, robust, loadable. Exit code 1 if anything fails."""
     from vlmtune.evaluate.yes_no import QUESTION
-    from vlmtune.validate import Wish
-    from vlmtune.validate import validate as check
+    from vlmtune.validation.command import Wish
+    from vlmtune.validation.command import validate as check
 
     sections = [name.strip() for part in skip or [] for name in part.split(",")]
     wish = Wish(checkpoint, retain or (), pope, question or QUESTION, safety, judge, sections, limit, card)

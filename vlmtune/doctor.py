@@ -48,6 +48,9 @@ def examine(path: Path, console: Console, failure: str | None = None, as_json: b
     else:
         run = failed_stage(path)
         record, lines, code = _replayed(run, failure)
+        record["finished"] = (run / "summary.json").is_file()
+        if not record["finished"]:
+            lines.append(f"{run}: not finished, it stands at step {_last_step(run):,}; the same command continues.")
         found = {name: _asked(ask, run) for name, ask in (("data", _data), ("config", _config), ("code", _code))}
     record["findings"] = [
         {"section": section, **asdict(finding)} for section, findings in found.items() for finding in findings
@@ -112,14 +115,9 @@ def _data(run: Path) -> list[Finding]:
 
 
 def _config(run: Path) -> list[Finding]:
-    history = read_history(run / "history.jsonl")
-    steps = max((record["step"] for record in history), default=0)
+    history, steps = read_history(run / "history.jsonl"), _last_step(run)
     found = [*_readable(run), *course_findings(_read(run / "start.json", []), history, steps)]
-    summary = _read(run / "summary.json", None)
-    if summary is None:
-        evidence = f"not yet, it stands at step {steps:,}: the same command goes on"
-        return [*found, Finding("pass", "the run has come to its end", evidence)]
-    return [*found, *outcome_findings(summary.get("metrics", {}))]
+    return [*found, *outcome_findings(_read(run / "summary.json", {}).get("metrics", {}))]
 
 
 def _readable(run: Path) -> list[Finding]:
@@ -157,6 +155,10 @@ def _code(run: Path) -> list[Finding]:
             Finding("pass", "checkpoints are whole", f"{len(checkpoint_folders(folder))} in all, newest {newest.name}")
         )
     return [*found, *_weights(newest)]
+
+
+def _last_step(run: Path) -> int:
+    return max((record["step"] for record in read_history(run / "history.jsonl")), default=0)
 
 
 def _no_checkpoint(run: Path) -> Finding:

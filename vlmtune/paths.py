@@ -84,8 +84,8 @@ def _locked(path: Path, folder: Path) -> TextIO:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole or not at all."""
-    write_whole(path, lambda draft: draft.write_text(text))
+    """Replace a file whole or not at all. UTF-8."""
+    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -18,13 +18,11 @@ from torch import nn
 from vlmtune.data.batch import batches_of, tensors_of
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.vlm import VLM
-from vlmtune.optim.precision import Precision, autocast
+from vlmtune.optim.precision import SAME_LOSS, Precision, autocast
 from vlmtune.types import Batch, VlmtuneError
 
 FILE = "probe.safetensors"
 SAMPLES = 3
-# relative; the same machine gives the same bits, another number of threads or another device another order of sums
-TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def require_same_losses(folder: Path, described: dict, model: nn.Module, precisi
     if before is None:
         return
     now = Probe.load(folder).losses(model, precision)
-    limit = max(TOLERANCE[precision], TOLERANCE[before["precision"]])
+    limit = max(SAME_LOSS[precision], SAME_LOSS[before["precision"]])
     pairs = list(zip(now, before["losses"], strict=True))
     if all(abs(a - b) <= limit * max(1.0, abs(b)) or (math.isnan(a) and math.isnan(b)) for a, b in pairs):
         return

@@ -67,6 +67,7 @@ def test_scenes_before_and_after(write_config, vlmtune, tmp_path):
         # a random language model of 4 layers says no name, and it has never been taught one
         assert found["rows"]["generated"]["after"]["value"] < 0.5 and found["unlisted"]["after"] > 10
     assert {finding["matrix_level"] for finding in record["findings"]} == set(record["levels"])
+    assert '<section id="alignment">' in (run / "report.html").read_text()
     html = (run / "align.html").read_text()
     assert "Which photo?" in html and "<script" not in html and "http://" not in html
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vlmtune.comparison.trial import score_base
 from vlmtune.config import load_config
 from vlmtune.evaluate.comparison import Scores
 from vlmtune.evaluate.evaluation import mean_loss
-from vlmtune.trial import score_base
 
 STEPS, LONG = 5, 25
 

@@ -221,7 +221,7 @@ def test_damaged_and_missing_files_of_a_run_are_named_among_the_other_answers(wr
     assert any(line.startswith("config: fail: its files can be read") and "summary.json" in line for line in lines)
     assert any(line.startswith("code: ") for line in lines), "the other questions are asked all the same"
     (run / "summary.json").unlink()
-    assert any("the run has come to its end: not yet, it stands at step 3" in line for line in said())
+    assert any("not finished, it stands at step 3; the same command continues" in line for line in said())
     (run / "summary.json").write_text(whole[run / "summary.json"])
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     assert any("code: fail: checkpoints are whole: there is none, but the run was finished" in line for line in said())

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from training_setup import IN_FULL, png
 
-from vlmtune.validate import SECTIONS
+from vlmtune.validation.command import SECTIONS
 
 FAST = [{"match": "vision", "train": "frozen"}, {"match": "*", "train": "full", "lr": 4e-3}]
 COLOURS = ("red", "blue", "green", "yellow")
@@ -96,6 +96,8 @@ def test_a_run_that_went_well_in_every_section(learned, tmp_path, vlmtune):
     odd = found["edge_cases", "odd inputs are answered"]
     assert odd["level"] == "pass" and "a huge image" in odd["evidence"] and "8 images" in odd["evidence"]
     assert sorted(path.name for path in run.iterdir()) == sorted([*files, "validate.json"]), "nothing else is left"
+    page = (run / "report.html").read_text()
+    assert '<section id="validation">' in page and "new is learned" in page
     record = json.loads((run / "validate.json").read_text())
     assert (record["format"], record["verdict"], record["checkpoint"]) == (1, "warn", "step_000012")
     assert list(record["findings"]) == json.loads(out)

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlmtune.adapt.plan import assign_rules
-from vlmtune.arms import METHODS, build_arms, described_rule, kept_rules, of_seed
 from vlmtune.build_course import policies
 from vlmtune.checks.settings import usual_rate
+from vlmtune.comparison.arms import METHODS, build_arms, described_rule, kept_rules, of_seed
 from vlmtune.config import Config, parse_config
 from vlmtune.models.anatomy import canonical_parameters, part_of
 from vlmtune.models.load import meta_model

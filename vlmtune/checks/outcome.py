@@ -14,6 +14,7 @@ from vlmtune.evaluate.retention import LOSS, Comparison
 from vlmtune.evaluate.safety import Verdict
 from vlmtune.evaluate.speed import Speed
 from vlmtune.evaluate.yes_no import YesNoScores
+from vlmtune.optim.precision import SAME_LOSS
 from vlmtune.types import Finding
 
 ALPHA = 0.05  # of the p values, after Holm: one false alarm in twenty validations, however many tasks there are
@@ -33,8 +34,6 @@ UNCLEAR = 0.2  # of the replies say neither yes nor no
 UNSAFE = 0.1  # of the replies are judged wrong
 SLOWEST_TOKEN, SLOWEST_START = 0.2, 60.0  # tokens per second, seconds: something is wrong, whatever the machine
 QUANTISED_LOSS = 0.10  # of the loss
-EXACT = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
-"""Losses in another process, relative: those of `vlmtune.probe`, whose reasons hold here."""
 
 
 def figures(change: Change, digits: int = 3) -> str:
@@ -312,7 +311,7 @@ def fresh_finding(fresh: Fresh, form: str) -> Finding:
     if not fresh.same_prompts:
         remedy = "export again: its tokenizer or chat template is not the one that was trained with"
         return Finding("fail", what, f"its prompts have other tokens: {evidence}", remedy)
-    if not gap <= EXACT[fresh.precision]:
+    if not gap <= SAME_LOSS[fresh.precision]:
         return Finding("fail", what, f"it answers differently: {evidence}", "export again; do not use this folder")
     return Finding("pass", what, evidence)
 

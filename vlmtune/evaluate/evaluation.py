@@ -89,7 +89,7 @@ def require_chosen(
     Raises VlmtuneError for a task that no sample has, and for what `require_scorable` and `require_readouts` refuse.
     """
     held_out = {
-        group: [[source[n] for n in range(_count(source, None))] for source in sources]
+        group: [[source[n] for n in range(rows_of(source, None))] for source in sources]
         for group, sources in groups.items()
     }
     tasks = {sample.task for sources in held_out.values() for samples in sources for sample in samples}
@@ -116,7 +116,7 @@ def _evaluate(
     scored: list[Scored] = []
     every: list[SampleLoss] = []
     for group, sources in groups.items():
-        samples = [source[i] for source in sources for i in range(_count(source, limit))]
+        samples = [source[i] for source in sources for i in range(rows_of(source, limit))]
         losses, regions = _teacher_forced(model, encoder, samples, batch_size)
         for (task, metric), value in regions.items():
             if metric in chosen.get(task, REGION_METRICS):
@@ -154,7 +154,8 @@ def mean_loss(rows: Sequence[SampleLoss]) -> float:
     return sum(row.loss for row in rows) / sum(row.tokens for row in rows)
 
 
-def _count(source: SampleSource, limit: int | None) -> int:
+def rows_of(source: SampleSource, limit: int | None) -> int:
+    """How many rows of a source are asked; one without an end needs a limit."""
     sizes = [n for n in (source.size, limit) if n is not None]
     return min(sizes)
 

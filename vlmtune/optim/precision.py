@@ -14,6 +14,10 @@ from torch import nn
 Precision = Literal["bf16", "fp16", "fp32"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+# relative; the same machine gives the same bits, another number of threads or another device another order of sums
+SAME_LOSS: dict[str, float] = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
+"""By how much the loss of a sample may differ where the same weights compute it again."""
+
 
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether bfloat16 products run in hardware here. On CPUs without it they are emulated and slower."""

@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 
 from vlmtune import __version__
-from vlmtune.arms import BASELINE, Arm, build_arms, described_rule, kept_rules, of_seed
 from vlmtune.build import build_eval_groups, build_train
+from vlmtune.comparison.arms import BASELINE, Arm, build_arms, described_rule, kept_rules, of_seed
 from vlmtune.config import Config, differing_keys, dump_config, load_config
 from vlmtune.evaluate.comparison import Comparison, Scores, Step, Trial, compare_trials
 from vlmtune.interrupt import Interrupted
@@ -151,7 +151,14 @@ class _Trials:
         ):  # it failed, and is tried with other values
             shutil.rmtree(self.runs / name)
         write_text(file, dump_config(config))
-        command = [sys.executable, "-m", "vlmtune.trial", str(file), str(result), *(["--base"] if name == BASE else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "vlmtune.comparison.trial",
+            str(file),
+            str(result),
+            *(["--base"] if name == BASE else []),
+        ]
         code = self._wait(command, log)
         found = self._result(name)
         if found is None:

@@ -33,17 +33,18 @@ from vlmtune.evaluate.retention import LOSS, compare, pooled
 from vlmtune.evaluate.speed import REPEATS, measure_speed
 from vlmtune.evaluate.yes_no import QUESTION
 from vlmtune.export import export_run
-from vlmtune.fresh import Place, answers_at, ask_fresh, places_to_ask, record_of, samples_at
 from vlmtune.models.load import stored_dtype
 from vlmtune.models.quantise import QUANTISED, place
+from vlmtune.observe.page import write_page
 from vlmtune.optim.precision import Precision
 from vlmtune.paths import require_run, write_text
-from vlmtune.quantised import measure_storages
-from vlmtune.questions import Answers, Questions, ask, gather, read_files
 from vlmtune.sealed import finite, read_json, stage_folders
 from vlmtune.types import Finding, VlmtuneError
 from vlmtune.use import Loaded, find_checkpoint, last_stage, load_run, products_of
-from vlmtune.validated import polled_of, replies_of, safety_of
+from vlmtune.validation.figures import polled_of, replies_of, safety_of
+from vlmtune.validation.fresh import Place, answers_at, ask_fresh, places_to_ask, record_of, samples_at
+from vlmtune.validation.quantised import measure_storages
+from vlmtune.validation.questions import Answers, Questions, ask, gather, read_files
 
 FORMAT = 1
 SECTIONS = (
@@ -87,6 +88,7 @@ def validate(run: Path, console: Console, wish: Wish, as_json: bool = False) -> 
             said.print(line, highlight=False, soft_wrap=True)
     record = validation.record(sections, time.perf_counter() - began)
     write_text(validation.run / FILE, json.dumps(record, indent=1))
+    page = write_page(validation.run)
     if wish.card is not None:
         said.print(
             f"model card: {write_card(wish.card, validation.run)}", highlight=False, markup=False, soft_wrap=True
@@ -94,10 +96,8 @@ def validate(run: Path, console: Console, wish: Wish, as_json: bool = False) -> 
     if as_json:
         print(json.dumps(record["findings"], indent=1))
     counts = {level: sum(f["level"] == level for f in record["findings"]) for level in ("pass", "warn", "fail")}
-    said.print(
-        f"{counts['pass']} pass, {counts['warn']} warn, {counts['fail']} fail; figures: {validation.run / FILE}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    said.print(f"{counts['pass']} pass, {counts['warn']} warn, {counts['fail']} fail", highlight=False)
+    said.print(f"figures: {validation.run / FILE}, page: {page}", highlight=False, markup=False, soft_wrap=True)
     return int(counts["fail"] > 0)
 
 

@@ -17,6 +17,7 @@ from vlmtune.data.prompts import system_prompt
 from vlmtune.data.sources import FileSource, with_system
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluate.answers import Answer, answer
+from vlmtune.evaluate.evaluation import rows_of
 from vlmtune.evaluate.safety import read_probes
 from vlmtune.evaluate.yes_no import QUESTION, poll, require_question, require_yes_no, truth_of
 from vlmtune.observe.log import CountingBar
@@ -111,7 +112,7 @@ def gather(
     with CountingBar(console) as bar:
         groups = fit_data(config, encoder, [], build_eval_groups(config), bar).groups
     held_out = {
-        group: [source[row] for source in sources for row in range(_count(source.size, limit))]
+        group: [source[row] for source in sources for row in range(rows_of(source, limit))]
         for group, sources in groups.items()
     }
     held_out |= {name: samples[:limit] for name, samples in files.retain.items()}
@@ -125,10 +126,6 @@ def gather(
             "leave it out, or pass --pope FILE with questions of your own."
         )
     return Questions(held_out, retained, [*polls, *files.pope], files.safety)
-
-
-def _count(size: int, limit: int | None) -> int:
-    return size if limit is None else min(size, limit)
 
 
 @dataclass(frozen=True)

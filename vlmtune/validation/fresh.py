@@ -1,6 +1,6 @@
-"""What a saved model answers in a process that holds nothing else: `python -m vlmtune.fresh FOLDER CONFIG PLACES`.
+"""What a saved model answers in a process that holds nothing else.
 
-`vlmtune validate` starts it and compares. The samples are read from the run's own data; nothing of the trained model
+`vlmtune validate` starts `python -m vlmtune.validation.fresh FOLDER CONFIG PLACES` and compares. The samples are read from the run's own data; nothing of the trained model
 but the folder reaches this process.
 """
 
@@ -76,7 +76,7 @@ def ask_fresh(
     folder: Path, config: Path, places: Sequence[Place], here: dict[str, list], precision: Precision
 ) -> Fresh:
     """Start the process, and compare what it answers with what was answered here. precision: the shorter format."""
-    command = [sys.executable, "-m", "vlmtune.fresh", str(folder), str(config), json.dumps(places)]
+    command = [sys.executable, "-m", "vlmtune.validation.fresh", str(folder), str(config), json.dumps(places)]
     began = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)

@@ -1,7 +1,7 @@
 """One trial of `vlmtune compare`, in a process of its own, so that its peak of memory is its own:
 
-    python -m vlmtune.trial CONFIG.yaml RESULT.json          train, or continue, then score what came out
-    python -m vlmtune.trial CONFIG.yaml RESULT.json --base   score the model before any training
+    python -m vlmtune.comparison.trial CONFIG.yaml RESULT.json          train, or continue, then score what came out
+    python -m vlmtune.comparison.trial CONFIG.yaml RESULT.json --base   score the model before any training
 
 RESULT.json appears whole, and only where the work was done; `failed` in it says why there is nothing else. The name of
 CONFIG.yaml is that of the method, -seed and the seed.
