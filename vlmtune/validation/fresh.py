@@ -1,7 +1,7 @@
 """What a saved model answers in a process that holds nothing else.
 
-`vlmtune validate` starts `python -m vlmtune.validation.fresh FOLDER CONFIG PLACES` and compares. The samples are read from the run's own data; nothing of the trained model
-but the folder reaches this process.
+`vlmtune validate` starts `python -m vlmtune.validation.fresh FOLDER CONFIG PLACES` and compares. The samples are read
+from the run's own data; nothing of the trained model but the folder reaches this process.
 """
 
 from __future__ import annotations
