@@ -54,6 +54,12 @@ class Sprite:
     mask: Image.Image
     box: tuple[int, int, int, int]
 
+    @property
+    def area(self) -> int:
+        """Of the box, in square pixels."""
+        x1, y1, x2, y2 = self.box
+        return (x2 - x1) * (y2 - y1)
+
 
 def bucket(text: str, buckets: int = 100) -> int:
     """A number in [0, buckets) that depends on the text alone; Python's `hash` changes from process to process."""

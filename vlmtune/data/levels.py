@@ -21,14 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from random import Random
 from typing import get_args
 
 from vlmtune.data import questions
-from vlmtune.data.atlas import PHOTOS, ConceptGroup, atlas, concept_names
-from vlmtune.data.layout import PLACES, Scene, SceneObject, arrange, held_out
-from vlmtune.data.questions import Level, Question
+from vlmtune.data.atlas import PHOTOS, ConceptGroup, atlas, concept_names, sprite
+from vlmtune.data.layout import OBJECT_SIZES, PLACES, Scene, SceneObject, arrange, held_out
+from vlmtune.data.questions import CLEARLY_LARGER, Level, Question
 from vlmtune.data.scenes import scene_sample
 from vlmtune.types import Boxes, Sample
 
@@ -36,6 +36,8 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 NAMES_ASKED, KINDS_ASKED = 8, 6  # few, so that a probe sees enough images of each
 POOL = 12  # names that the scenes of a question about some of them are arranged from, so that those come up often
 KIND_AT = PLACES[0, 0]
+LARGER_AT_LEAST = 0.1  # of the sizes two concepts are drawn in, for either to be asked about as the larger
+_SIZES = range(OBJECT_SIZES[0], OBJECT_SIZES[1] + 1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ class _Form:
 
     labels: tuple[str, ...]
     draw: Callable[[Random, str], tuple[Scene, Question | None]]
+
+
+def _either_can_be_larger(one: str, other: str) -> bool:
+    """Not a pair of which one is so thin that it (almost) never is: no scene would ever make it right."""
+    areas, other_areas = ([sprite(name, size).area for size in _SIZES] for name in (one, other))
+    sizes = list(product(areas, other_areas))
+    larger = sum(area >= CLEARLY_LARGER * other_area for area, other_area in sizes) / len(sizes)
+    smaller = sum(other_area >= CLEARLY_LARGER * area for area, other_area in sizes) / len(sizes)
+    return min(larger, smaller) >= LARGER_AT_LEAST
 
 
 class LevelScenes:
@@ -98,6 +109,8 @@ class LevelScenes:
             known = sorted({atlas()[name].kind for name in self.names})
             kinds = _Form(tuple(random.sample(known, KINDS_ASKED)), self._draw_kind)
             counted, pair = random.choice(self.names), random.choice(pairs)
+            while not _either_can_be_larger(*pair):
+                pair = random.choice(pairs)
             yield kinds
             yield _Form(("1", "2", "3"), lambda random, answer: self._draw_count(random, counted, answer))
             yield kinds
