@@ -125,7 +125,7 @@ def _check_sources(
             done = checked.row + 1
             if done % CHUNK == 0 or done == place.source.size:
                 bar(place.name, done, place.source.size)
-        for habit in habits.findings():
+        for habit in habits.findings(place.source.tasks_left_out()):
             keep(_of_source(habit, place))
         report.sources.append(
             SourceFigures(

@@ -63,6 +63,8 @@ class Length:
     @classmethod
     def parse(cls, text: str | int | float) -> Length:
         match = _LENGTH.fullmatch(str(text))
+        if match is None and _LENGTH.fullmatch(str(text).strip().removeprefix("-")):
+            raise VlmtuneError(f"length {text!r} is below zero; write a number of steps from 0 up.")
         if match is None:
             raise VlmtuneError(f"length {text!r}: write a number of steps, or one with epochs, samples or %.")
         unit = match.group(2) or "steps"

@@ -36,6 +36,8 @@ from vlmtune.types import Batch, Finding, VlmtuneError
 
 MIB = 2**20
 TIGHT, TOO_LARGE = 0.9, 1.2  # of the memory that is there
+ACCURATE = 1.2  # of what was predicted
+PROCESS_KEEPS = 128 * MIB  # of what it freed, and for its threads: up to a hundred were seen (docs/guide/plan.md)
 
 
 def first_micro_batches(steps: Steps) -> list[Batch]:
@@ -291,5 +293,7 @@ class MemoryReport(Observer):
         seen = "not measured on this system" if measured is None else f"measured {measured / MIB:,.0f} MiB"
         if measured is not None and record["predicted"]:
             seen += f" ({measured / record['predicted'] - 1:+.0%})"
+            if ACCURATE * record["predicted"] < measured <= record["predicted"] + PROCESS_KEEPS:
+                seen += ", within what a process keeps of what it freed"
         self.console.print(f"memory: {said}; {seen}", highlight=False, markup=False)
         return record

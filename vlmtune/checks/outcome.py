@@ -30,6 +30,7 @@ CUT, NEVER_ENDS = 0.05, 0.5  # share of replies without an end, above that of re
 ONE_SIDED = 0.95  # of the answers are yes (or no), where the truth is at most LEANING one-sided
 LEANING = 0.7
 YES_LEAN = 0.15  # share of yes away from the truth's share
+BLIND_REMEDY = "train such questions, or ask more of them"
 UNCLEAR = 0.2  # of the replies say neither yes nor no
 UNSAFE = 0.1  # of the replies are judged wrong
 SLOWEST_TOKEN, SLOWEST_START = 0.2, 60.0  # tokens per second, seconds: something is wrong, whatever the machine
@@ -195,11 +196,23 @@ class Polled:
 
 
 def yes_no_findings(polled: Sequence[Polled]) -> list[Finding]:
-    """One for each category; those whose replies are mostly neither yes nor no are told together."""
+    """One for each category; told together are those whose replies are mostly neither yes nor no, and those that the
+    base could not answer either."""
     unclear = [one for one in polled if one.after.unclear > UNCLEAR * one.after.count]
     clear = [one for one in polled if one not in unclear]
     p_values = holm([one.right.p for one in clear])
-    found = [_yes_no(one, p) for one, p in zip(clear, p_values, strict=True)]
+    judged = [(one, _yes_no(one, p)) for one, p in zip(clear, p_values, strict=True)]
+    never = [one for one, finding in judged if finding.remedy == BLIND_REMEDY and _is_blind(one.before)]
+    together = never if len(never) > 1 else []
+    found = [finding for one, finding in judged if one not in together]
+    if together:
+        each = "; ".join(
+            f"{one.category} {figures(one.right)}, always one answer {_usual(one.after):.0%}, "
+            f"{one.after.count:,} questions"
+            for one in together
+        )
+        evidence = f"not shown to be better than always one answer, before as after: {each}"
+        found.append(Finding("warn", f"yes/no {', '.join(one.category for one in together)}", evidence, BLIND_REMEDY))
     if unclear:
         what = f"yes/no {', '.join(one.category for one in unclear)}"
         counts = ", ".join(f"{one.after.unclear:,} of {one.after.count:,}" for one in unclear)
@@ -228,11 +241,19 @@ def _yes_no(polled: Polled, p: float) -> Finding:
     if scores.count >= FEWEST and abs(scores.yes_rate - truth) > YES_LEAN and not low <= truth <= high:
         leaning = "says yes too often" if scores.yes_rate > truth else "says no too often"
         return Finding("warn", what, f"{leaning}: {evidence}", "train as many questions about what is not there")
-    usual = max(truth, 1 - truth)
-    if wilson(scores.true_yes + scores.true_no, scores.count)[0] <= usual < 1:
-        blind = f"not shown to be better than always one answer ({usual:.0%}): {evidence}"
-        return Finding("warn", what, blind, "train such questions, or ask more of them")
+    if _is_blind(scores):
+        blind = f"not shown to be better than always one answer ({_usual(scores):.0%}): {evidence}"
+        return Finding("warn", what, blind, BLIND_REMEDY)
     return Finding("pass", what, evidence)
+
+
+def _usual(scores: YesNoScores) -> float:
+    """How often the commoner answer is right."""
+    return max(scores.asked_yes, scores.count - scores.asked_yes) / scores.count
+
+
+def _is_blind(scores: YesNoScores) -> bool:
+    return wilson(scores.true_yes + scores.true_no, scores.count)[0] <= _usual(scores) < 1
 
 
 def safety_findings(before: Sequence[Verdict], after: Sequence[Verdict], right: Change) -> list[Finding]:

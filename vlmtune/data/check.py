@@ -51,6 +51,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "unencodable": ("error", "the model's processor, template or coordinates refuse the sample"),
     "too_long": ("error", "the sample has more tokens than data.max_length"),
     "leak": ("error", "a held-out sample is in the training data too"),
+    "limit_of_sorted": ("warning", "limit takes the first rows of a file that is sorted by task"),
     "boxes_corner": ("warning", "all boxes of a source lie in the upper left corner"),
     "roles_swapped": ("warning", "the roles of a source seem to be exchanged"),
     "replies_alike": ("warning", "nearly all replies of a source are the same"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ class Traits:
     reply, user: digests of texts, None where there is none; reply_asks, user_asks: whether they end in a question mark;
     is_told: whether the user says the reply already."""
 
+    task: str
     boxes: tuple[tuple[float, ...], ...]
     reply: bytes | None
     user: bytes | None
@@ -53,6 +54,7 @@ def traits_of(sample: Sample, sizes: list[tuple[int, int]]) -> Traits:
     user = " ".join(_text(turn) for turn in sample.turns if turn.role == "user").strip()
     reply = " ".join(map(_text, replies)).strip()
     return Traits(
+        sample.task,
         tuple(_boxes(sample, sizes)),
         _digest(reply) if reply else None,
         _digest(user) if user else None,
@@ -122,10 +124,12 @@ class Habits:
         self._replies: Counter[bytes] = Counter()
         self._first_row: dict[bytes, int] = {}
         self._users: set[bytes] = set()
+        self._tasks: set[str] = set()
         self._rows = self._reply_asks = self._user_asks = self._told = 0
         self._told_row = self._asking_row = 0
 
     def add(self, row: int, traits: Traits) -> None:
+        self._tasks.add(traits.task)
         for box in traits.boxes:
             self._boxes.extend(box)
             self._box_rows.append(row)
@@ -144,10 +148,22 @@ class Habits:
         self._user_asks += traits.user_asks
         self._told += traits.is_told
 
-    def findings(self) -> Iterator[Habit]:
+    def findings(self, left_out: Sequence[str] = ()) -> Iterator[Habit]:
+        """left_out: the tasks of rows of the file that are behind the limit of the source."""
+        yield from self._of_limit(left_out)
         yield from self._of_boxes()
         yield from self._of_roles()
         yield from self._of_replies()
+
+    def _of_limit(self, left_out: Sequence[str]) -> Iterator[Habit]:
+        missing = sorted(set(left_out) - self._tasks)
+        if missing and self._tasks:
+            count = sum(task in missing for task in left_out)
+            yield Habit(
+                "limit_of_sorted", 0,
+                f"limit leaves out every row of {', '.join(missing)}, the task of {count:,} of {len(left_out):,} rows "
+                "looked at behind it: the file is sorted; shuffle it, or leave limit out",
+            )  # fmt: skip
 
     def _of_roles(self) -> Iterator[Habit]:
         rows = self._rows

@@ -14,6 +14,8 @@ from vlmtune.data.rows import Row, format_of, parse_row
 from vlmtune.data.scenes import SceneRecipe
 from vlmtune.types import Sample, Text, Turn, VlmtuneError
 
+LOOKED_AT = 64  # rows that a limit leaves out
+
 
 class SampleSource(Protocol):
     """`size` is None for a source without end. `format` says what it reads, for people.
@@ -88,6 +90,9 @@ class PromptedSource:
     def tasks(self) -> list[str]:
         return self._source.tasks()
 
+    def tasks_left_out(self) -> list[str]:
+        return self._source.tasks_left_out()
+
     def row(self, index: int) -> Row:
         return self._source.row(index)
 
@@ -153,6 +158,18 @@ class FileSource:
 
     def tasks(self) -> list[str]:
         return [self[index].task for index in range(self.size)]
+
+    def tasks_left_out(self) -> list[str]:
+        """The tasks of some rows behind the limit, evenly spread; those that cannot be read are nobody's."""
+        behind = self._reader.size - self.size
+        looked_at = min(behind, LOOKED_AT)
+        found = []
+        for number in range(looked_at):
+            try:
+                found.append(self[self.size + number * behind // looked_at].task)
+            except VlmtuneError:
+                continue
+        return found
 
     def names(self) -> dict[str, str]:
         """Name -> kind of all objects that rows tell of in `meta.objects`. Reads every row."""

@@ -10,6 +10,7 @@ TEXT_METRICS = ("exact_match", "accuracy", "f1", "anls", "vqa_accuracy", "bleu",
 BOX_METRICS = ("mean_iou", "acc_50")
 REGION_METRICS = ("head_iou", "mask_iou", "mask_oiou")  # of read-outs: nothing is generated for them
 CORPUS_METRICS = ("bleu", "chrf", "cider", "mask_oiou")  # of all samples together, no means over them
+WIDE_METRICS = ("cider",)  # beyond 0 to 1
 METRICS = (*TEXT_METRICS, *BOX_METRICS, *REGION_METRICS)
 
 TASK_METRICS = {

@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vlmtune.evaluate.names import WIDE_METRICS
 from vlmtune.observe.charts import (
     BOTTOM,
     CHART_HEIGHT,
@@ -312,17 +313,19 @@ def _moves(train: list[dict], key: str) -> bool:
 
 
 def _evaluation_charts(evals: list[dict], marks: Sequence[tuple[float, str]]) -> list[Chart]:
-    """One chart per task, so that groups (held-out, training) and metrics of a task are seen against each other."""
+    """One chart per task, so that groups (held-out, training) and metrics of a task are seen against each other; a
+    metric that is no share of anything has one of its own."""
     tasks: dict[str, dict[str, list]] = {}
     losses: dict[str, list] = {}
     for entry in evals:
         for place, values in (entry.get("metrics") or {}).items():
             group, _, task = place.partition("/")
             for metric, value in values.items():
-                tasks.setdefault(task, {}).setdefault(f"{group} · {metric}", []).append((entry["step"], value))
+                title = f"{task} {metric}" if metric in WIDE_METRICS else task
+                tasks.setdefault(title, {}).setdefault(f"{group} · {metric}", []).append((entry["step"], value))
         for label, value in (entry.get("loss") or {}).items():
             losses.setdefault(label, []).append((entry["step"], value))
-    charts = [draw_chart(task, "score", series, scores=True, marks=marks) for task, series in tasks.items()]
+    charts = [draw_chart(title, "score", series, scores=True, marks=marks) for title, series in tasks.items()]
     charts.append(draw_chart("Evaluation loss", "per supervised token", losses, marks=marks))
     return [chart for chart in charts if chart]
 

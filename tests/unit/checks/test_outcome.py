@@ -161,6 +161,17 @@ def test_yes_and_no(before, after, level, said):
     assert (found.level, said in found.evidence) == (level, True), found
 
 
+def test_what_the_base_could_not_answer_either_is_told_once():
+    blind, learned = ["yes", "yes", "no", "no"] * 10, TRUTHS
+    before = [replace(polled(blind, blind, TRUTHS), category=name) for name in ("random", "crowded")]
+    sure = replace(polled(blind, learned, TRUTHS), category="popular")
+    lost = replace(polled(learned, blind, TRUTHS), category="lost")
+    popular, worse, together = outcome.yes_no_findings([*before, sure, lost])
+    assert popular.level == "pass" and worse.level == "warn" and "worse than the base" in worse.evidence
+    assert (together.level, together.what) == ("warn", "yes/no random, crowded")
+    assert together.evidence.count("always one answer 50%, 40 questions") == 2
+
+
 def test_safety():
     def found(before: list[bool], after: list[bool]):
         verdicts = [

@@ -19,7 +19,7 @@ def of_boxes(boxes: list, size=WIDE, turned: bool = False) -> list[str]:
     """Codes of a source with one box per row."""
     habits = Habits()
     for row, box in enumerate(boxes):
-        habits.add(row, Traits(((*box, *map(float, size), float(turned)),), None, None, False, False, False))
+        habits.add(row, Traits("vqa", ((*box, *map(float, size), float(turned)),), None, None, False, False, False))
     found = list(habits.findings())
     assert all(habit.says and 0 <= habit.row < len(boxes) for habit in found)
     return [habit.code for habit in found]
@@ -131,6 +131,15 @@ def test_questions_that_hold_their_replies():
 @pytest.mark.parametrize("form", ["Choose.\n{}\nNothing.", "A. {} B. Nothing at all.", "Choose: {}, or nothing."])
 def test_options_to_choose_from_are_no_told_reply(form):
     assert of_talks([(form.format(reply), reply) for _, reply in TALKS]) == []
+
+
+def test_a_limit_of_a_sorted_file():
+    habits = Habits()
+    for row, task in enumerate(["vqa", "caption", "vqa"]):
+        habits.add(row, Traits(task, (), None, None, False, False, False))
+    assert list(habits.findings(["vqa", "caption"])) == list(habits.findings()) == []
+    (found,) = habits.findings(["vqa", "ocr", "grounding", "ocr"])
+    assert found.code == "limit_of_sorted" and "every row of grounding, ocr, the task of 3 of 4 rows" in found.says
 
 
 def test_what_is_compared_for_contradictions():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmtune.data.images import load_image
 from vlmtune.data.rows import resolve_image
-from vlmtune.data.sources import FileSource, SceneSource
+from vlmtune.data.sources import LOOKED_AT, FileSource, SceneSource
 from vlmtune.errors import VlmtuneError
 from vlmtune.types import Boxes, ImageName, ImageRef, Points, Sample, Text, Turn
 
@@ -391,6 +391,17 @@ def test_options(folder):
     assert three[0].images[0].source == folder / "elsewhere" / "c.png"
     assert source(folder, rows, limit=99).size == 3
     assert source(folder, rows).name == "train.jsonl"
+
+
+def test_tasks_behind_the_limit(folder):
+    rows = [{"messages": [user("Hi"), REPLY], "task": "vqa" if n < 100 else "ocr"} for n in range(1000)]
+    rows[500] = {"messages": []}
+    assert source(folder, rows).tasks_left_out() == []
+    assert source(folder, rows, limit=998).tasks_left_out() == ["ocr", "ocr"]
+    found = source(folder, rows, limit=40).tasks_left_out()
+    assert found == ["vqa"] * 4 + ["ocr"] * 60 and len(found) == LOOKED_AT, "every 15th; one of them is row 40"
+    assert source(folder, rows, limit=499).tasks_left_out().count("ocr") == LOOKED_AT
+    assert source(folder, rows, limit=500).tasks_left_out().count("ocr") == LOOKED_AT - 1, "nobody reads row 500"
 
 
 def test_a_source_is_pure(folder):

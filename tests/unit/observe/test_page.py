@@ -153,6 +153,14 @@ def test_a_loss_that_falls_is_better_and_a_score_that_falls_is_worse(tmp_path):
     assert re.findall(r'pill (\w+)">([^<]+)<', html) == [("better", "−1.000"), ("worse", "−0.100")]
 
 
+def test_a_metric_beyond_one_has_a_chart_of_its_own(tmp_path):
+    values = {"held/caption": {"f1": 0.5, "cider": 8.0}}
+    write_history(tmp_path, [{"kind": "eval", "step": step, "metrics": values} for step in (1, 2)])
+    page = write_page(tmp_path).read_text()
+    titles = re.findall("<figcaption><h3>([^<]*)", page)
+    assert titles == ["caption", "caption cider"], "f1 is not flattened"
+
+
 def test_an_answer_never_asked_for_is_not_shown_as_silence(tmp_path):
     sample = {"image": data_uri(), "width": 48, "height": 32, "question": "What?", "reference": "red", "after": ""}
     (tmp_path / "samples.json").write_text(json.dumps([sample | {"before": None}]))
