@@ -398,6 +398,7 @@ def fingerprint_tree(config: Config) -> dict:
         for step in parents:
             node = node[step]
         node.pop(leaf)
+    tree["data"]["vision_cache"] = tree["data"]["vision_cache"] is not None  # how large it may be is nobody's business
     return tree
 
 

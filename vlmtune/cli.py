@@ -248,6 +248,16 @@ def plan(
 
 
 @app.command()
+def cache(config: ConfigName, overrides: Overrides = None) -> None:
+    """Run a frozen vision tower over all training images ahead, and keep what it makes (data.vision_cache)."""
+    from vlmtune.build import best_device
+    from vlmtune.config import load_config
+    from vlmtune.vision_cache import fill_cache
+
+    fill_cache(load_config(config, overrides or []), console, best_device())
+
+
+@app.command()
 def compose(
     vision: Annotated[str, typer.Argument(help="CLIP or SigLIP (folder or hub name), or efficientnet-lite0")],
     language: Annotated[str, typer.Argument(help="causal language model (folder, hub name, or a .gguf file)")],

@@ -32,6 +32,7 @@ from vlmtune.checks.examine import Picture, examine_inputs, pictures_of
 from vlmtune.checks.nonfinite import Origin, first_nonfinite, largest_finite
 from vlmtune.data.batch import batches_of, tensors_of
 from vlmtune.data.encode import Encoder
+from vlmtune.data.loader import Steps
 from vlmtune.losses.objective import StepWeights
 from vlmtune.models.anatomy import canonical_parameters
 from vlmtune.models.batchnorm import SharedTower
@@ -361,11 +362,16 @@ def json_values(value: Any) -> Any:
 # ---- in a run ------------------------------------------------------------------------------------------------------
 
 
-def investigator(folder: Path, trainer: Trainer, encoder: Encoder) -> Callable[[NonFinite, dict], str]:
-    """What happens at a step that is not finite: it is run again watched, and saved with the weights it had."""
+def investigator(folder: Path, trainer: Trainer, encoder: Encoder, steps: Steps) -> Callable[[NonFinite, dict], str]:
+    """What happens at a step that is not finite: it is run again watched, and saved with the weights it had.
+
+    steps: gives the batches of a step once more, with all their pixels.
+    """
 
     def investigate(failure: NonFinite, rng: dict) -> str:
         state = trainer.state
+        if any(batch.images for batch in failure.micro_batches):
+            failure.micro_batches = steps[state.step]
         record = _record_of(trainer) | {
             "what": failure.what,
             "scale_history": [past.scale for past in trainer.history],

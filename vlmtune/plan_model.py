@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,10 +25,9 @@ from vlmtune.models.load import load_processor
 from vlmtune.models.shapes import resolve_shape
 from vlmtune.models.synthetic import BatchShape, build_without_data, tokens_per_image
 from vlmtune.observe.log import CountingBar
+from vlmtune.sizes import GIB, parse_bytes
 from vlmtune.types import VlmtuneError
 
-GIB = 2**30
-_UNITS = {"": 1, "b": 1, "kb": 2**10, "kib": 2**10, "mb": 2**20, "mib": 2**20, "gb": GIB, "gib": GIB, "g": GIB}
 CONTEXT = 0.6 * GIB
 """Of a GPU: CUDA context and libraries. Assumed, not measured here."""
 FRAGMENTED = 0.05
@@ -49,18 +47,6 @@ class DataShape:
     origin: str
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of "24GB", "16 GiB", "500MB". GB are 2^30 bytes, as graphics cards count. Else VlmtuneError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = found.group(2).lower() if found else None
-    if unit not in _UNITS or not unit:
-        raise VlmtuneError(f"--memory {text!r} is not a size; write a number and a unit, for example 24GB or 900MB.")
-    size = int(float(found.group(1)) * _UNITS[unit])
-    if size <= 0:
-        raise VlmtuneError(f"--memory {text!r} is nothing; write what the device has, for example 24GB.")
-    return size
-
-
 def plan_model(
     model: str,
     memory: str,
@@ -78,7 +64,7 @@ def plan_model(
     data: a config whose data is measured; tokens, images, max_pixels: of a sample, where there is none.
     Raises VlmtuneError for input that cannot be read, and when nothing fits.
     """
-    limit = parse_memory(memory)
+    limit = parse_bytes(memory, "--memory")
     name, config = resolve_shape(resolve_model(model) if model.startswith("embedded") else model)
     shape = _from_data(data, config, console) if data else _assumed(config, tokens, images, max_pixels)
     reserve = int(CONTEXT + FRAGMENTED * limit) if device == "cuda" else 0

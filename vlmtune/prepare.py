@@ -38,14 +38,23 @@ from vlmtune.evaluate.evaluation import require_chosen
 from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
 from vlmtune.models.readouts import readouts_of
+from vlmtune.models.trunk import require_two_halves
 from vlmtune.models.vlm import checkpoint_activations
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.optimizer import usable_here
 from vlmtune.optim.precision import bf16_is_fast, resolve_precision
 from vlmtune.probe import SAMPLES, Probe
-from vlmtune.start import Phase, check_start, first_micro_batches, memory_finding, predict_phases
+from vlmtune.start import (
+    Phase,
+    check_start,
+    first_micro_batches,
+    halves_finding,
+    memory_finding,
+    predict_phases,
+    require_no_failure,
+)
 from vlmtune.trainer import Settings
-from vlmtune.types import Batch, Encoded, Finding
+from vlmtune.types import Batch, Encoded, Finding, Sample, VlmtuneError
 
 LOOKED_AT = 64  # samples of a source that has no end
 
@@ -108,6 +117,8 @@ def prepare(
     objective = build_objective(config, sources, plan, encoder)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
+    if config.data.vision_cache is not None:
+        require_two_halves(model, plan.parameters)
     place(model, device)
     for line in apply_formats(model, plan, config):
         console.print(line, highlight=False, markup=False)
@@ -116,10 +127,24 @@ def prepare(
     made = Prepared(model, encoder, sources, groups, fitted, steps, settings, plan, objective, [], [], predictions)
     if check:
         made.findings.extend(check_start(model, plan, encoder, batches[0], precision))
+        if config.data.vision_cache is not None:
+            made.findings.append(halves_finding(model, encoder, _with_images(made), precision))
+            require_no_failure(made.findings[-1:], "start")
         is_shared = any(rule.batchnorm == "sync" for rule in config.plan)
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
         made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
     return made
+
+
+def _with_images(made: Prepared) -> list[Sample]:
+    """The first samples of the run that have images, as many as a micro-batch. Raises VlmtuneError where none has."""
+    first = [made.steps.order[k] for k in range(min(made.steps.order.decide(0), LOOKED_AT))]
+    samples = [sample for source, row in first if (sample := made.sources[source][row]).images]
+    if not samples:
+        raise VlmtuneError(
+            f"data.vision_cache: none of the first {len(first)} samples has an image; leave the cache out."
+        )
+    return samples[: made.steps.micro_batch_size]
 
 
 def _judged_settings(config: Config, made: Prepared, device: torch.device) -> list[Finding]:

@@ -66,6 +66,7 @@ from vlmtune.start import (
 from vlmtune.trainer import Trainer
 from vlmtune.types import Finding, VlmtuneError
 from vlmtune.view import histograms, token_view
+from vlmtune.vision_cache import VisionCache
 
 KEYS_NAMED = 4  # of two configs that differ
 LOSS_SAMPLES = 32  # of the loss table, about
@@ -159,6 +160,9 @@ def _train(
         wish.max_new_tokens, wish.batch_size, settings.precision,
     )  # fmt: skip
     optimizer = build_optimizer(config, made.plan, made.objective, device)
+    cache = None if config.data.vision_cache is None else VisionCache.of(config, made)
+    if cache is not None:
+        console.print(cache.described(), highlight=False, markup=False)
     told = [
         history, board, progress, samples, PageWriter(folder, every_seconds=20),
         MemoryReport(made.predictions[0].predicted, meter, console, folder / "memory.json", checkpoint is not None),
@@ -172,22 +176,27 @@ def _train(
 
     trainer = Trainer(
         made.model, made.plan, made.objective, optimizer,
-        step_loader(steps, config.data.workers), settings, folder / "checkpoints", fingerprint, device,
+        step_loader(steps if cache is None else cache.steps, config.data.workers), settings,
+        folder / "checkpoints", fingerprint, device,
         [*told, Health(told, optimizer, settings.rates, settings.total_steps, settings.phases(), device)],
         evaluated if made.groups else None,
         steps.order if isinstance(steps.order, TemperatureOrder) else None,
         build_recovery(config), probe_of(steps), [history.path, history.gradients], stop,
-        build_tower(made.model, config),
+        build_tower(made.model, config), vision=None if cache is None else cache.vision,
     )  # fmt: skip
-    trainer.investigate = investigator(folder, trainer, made.encoder)
+    trainer.investigate = investigator(folder, trainer, made.encoder, steps)
     if checkpoint is not None:
         trainer.resume(checkpoint)
         require_same_losses(checkpoint, read_state(checkpoint), made.model, settings.precision)
         console.print(f"continuing from {checkpoint} (step {trainer.state.step})")
     meter.start()
     try:
-        with progress:
-            state = trainer.fit()
+        try:
+            with progress:
+                state = trainer.fit()
+        finally:
+            if cache is not None:
+                console.print(cache.close(), highlight=False, markup=False)
         if state.stopped:
             console.print(f"stopped early at step {state.step}: {state.stopped}", highlight=False, markup=False)
         return finish(config, made, state, folder, console, (history, board), gallery)

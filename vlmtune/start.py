@@ -4,6 +4,7 @@ can be used, and memory, predicted and measured."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,16 +24,21 @@ from vlmtune.adapt.state import trained_buffers
 from vlmtune.build_course import policies_at
 from vlmtune.checks.before import initial_findings
 from vlmtune.config import Config
+from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
+from vlmtune.data.feature_store import FeatureStore
 from vlmtune.data.loader import Steps
 from vlmtune.models.anatomy import canonical_parameters
 from vlmtune.models.quantise import stored_bytes
+from vlmtune.models.trunk import CachedVision
+from vlmtune.models.vlm import VLM
 from vlmtune.models.vocabulary import NewTokens
 from vlmtune.observer import Observer
-from vlmtune.optim.precision import Precision, autocast
+from vlmtune.optim.precision import SAME_LOSS, Precision, autocast
 from vlmtune.paths import write_text
+from vlmtune.sizes import bytes_text
 from vlmtune.trainer import Settings
-from vlmtune.types import Batch, Finding, VlmtuneError
+from vlmtune.types import Batch, Finding, Sample, VlmtuneError
 
 MIB = 2**20
 TIGHT, TOO_LARGE = 0.9, 1.2  # of the memory that is there
@@ -78,6 +84,34 @@ def check_start(
     torch.set_rng_state(rng)
     require_no_failure(findings, "start")
     return findings
+
+
+def halves_finding(
+    model: torch.nn.Module, encoder: Encoder, samples: Sequence[Sample], precision: Precision
+) -> Finding:
+    """Whether the model with tower and projector apart computes what it does in one (`data.vision_cache`).
+
+    samples: some of them with images.
+    """
+    what = "kept features give the model's own states"
+    looking = encoder.looking_up(FeatureStore(Path(os.devnull), 0))  # keeps nothing
+    vision = CachedVision(model, lambda key, features: None)
+    plain, halves = (
+        collate([of.encode(sample) for sample in samples], encoder.pad_token_id).to(model.device)
+        for of in (encoder, looking)
+    )
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad(), autocast(precision, model.device):
+        whole, apart = VLM(model)(plain).sequence.float(), VLM(model, vision)(halves).sequence.float()
+    for module, is_training in modes.items():
+        module.training = is_training
+    gap = float((whole - apart).abs().max() / whole.abs().max())
+    size = sum(value.nbytes for image in halves.images for value in image.features.values()) / len(halves.images)
+    evidence = f"largest difference {gap:.1e} of the largest state; about {bytes_text(size)} an image"
+    if not gap <= SAME_LOSS[precision]:
+        return Finding("fail", what, evidence, "leave data.vision_cache out, and report it")
+    return Finding("pass", what, evidence)
 
 
 def require_no_failure(findings: Sequence[Finding], where: str) -> None:

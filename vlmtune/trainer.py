@@ -31,6 +31,7 @@ from vlmtune.checks.during import GradientWatch, LossWatch, Watch, judge_overflo
 from vlmtune.interrupt import Interrupted, StopRequest
 from vlmtune.losses.objective import Losses, Objective, StepWeights
 from vlmtune.models.batchnorm import SharedTower
+from vlmtune.models.trunk import CachedVision
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.observer import Observer
@@ -112,7 +113,8 @@ class Trainer:
     of `steps`, where that depends on losses; recovery: what to do about numbers that are not finite; probe: samples
     whose losses every checkpoint records; companions: files of the run that every checkpoint copies; stop: asks the
     run to end; tower: runs the vision tower over all images of a step at once; investigate: is told of a step that is
-    not finite, with the random state before it, and returns what caused it, in a sentence.
+    not finite, with the random state before it, and returns what caused it, in a sentence; vision: for steps whose
+    images come in place of pixels.
     """
 
     def __init__(
@@ -135,9 +137,10 @@ class Trainer:
         stop: StopRequest | None = None,
         tower: SharedTower | None = None,
         investigate: Callable[[NonFinite, dict[str, Any]], str] | None = None,
+        vision: CachedVision | None = None,
     ):
         self.model, self.plan, self.optimizer = model, plan, optimizer
-        self.module = TrainingModule(VLM(model), objective)
+        self.module = TrainingModule(VLM(model, vision), objective)
         self.steps, self.settings, self.folder, self.fingerprint = steps, settings, folder, fingerprint
         self.device, self.observers, self.evaluate = device, observers, evaluate
         self.sampling, self.recovery, self.companions = sampling, recovery, companions

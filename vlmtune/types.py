@@ -225,12 +225,29 @@ class Region:
 
 
 @dataclass
+class ImageInput:
+    """One image whose tower features may be known already. key: names the image as the model sees it; pixels: the image
+    processor's tensors, empty where `features` are there: what `models.trunk.tower_features` made of it."""
+
+    key: str
+    pixels: dict[str, Tensor]
+    features: dict[str, Tensor] | None = None
+
+    def to(self, device: torch.device) -> ImageInput:
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+        return ImageInput(self.key, moved(self.pixels), None if self.features is None else moved(self.features))
+
+
+@dataclass
 class Encoded:
     """One sample, ready for a batch.
 
     ids int64[T]; kinds int8[T] (`Kind`); turn int16[T] (index of the turn a token belongs to, -1 = template);
     pixels: the image processor's own tensors for all images of this sample; token_extras: per-token model inputs
-    besides ids (for example mm_token_type_ids int64[T]); geometry: one per image; regions: where read-outs look.
+    besides ids (for example mm_token_type_ids int64[T]); geometry: one per image; regions: where read-outs look;
+    images: in place of pixels, where features of the tower are kept.
     """
 
     id: str
@@ -243,6 +260,7 @@ class Encoded:
     geometry: list[ImageGeometry]
     origin: str = ""
     regions: list[Region] = field(default_factory=list)
+    images: list[ImageInput] = field(default_factory=list)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -257,7 +275,8 @@ class Batch:
     """One micro-batch, right-padded.
 
     inputs: keyword arguments of the model's forward (input_ids int64[B, T], attention_mask int64[B, T], pixels …);
-    kinds int8[B, T] with `Kind.PADDING` where there is no token; regions: (row, region), where read-outs look.
+    kinds int8[B, T] with `Kind.PADDING` where there is no token; regions: (row, region), where read-outs look; images:
+    of all samples in order, in place of pixels among the inputs, where features of the tower are kept.
     """
 
     inputs: dict[str, Tensor]
@@ -265,11 +284,13 @@ class Batch:
     tasks: list[str]
     sample_ids: list[str]
     regions: list[tuple[int, Region]] = field(default_factory=list)
+    images: list[ImageInput] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         regions = [(row, region.to(device)) for row, region in self.regions]
-        return Batch(inputs, self.kinds.to(device, non_blocking=True), self.tasks, self.sample_ids, regions)
+        images = [image.to(device) for image in self.images]
+        return Batch(inputs, self.kinds.to(device, non_blocking=True), self.tasks, self.sample_ids, regions, images)
 
 
 def supervised_mask(kinds: Tensor) -> Tensor:

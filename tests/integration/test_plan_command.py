@@ -9,8 +9,6 @@ import pytest
 import yaml
 
 from vlmtune.config import parse_config
-from vlmtune.plan_model import parse_memory
-from vlmtune.types import VlmtuneError
 
 DATA = {"train": [{"scenes": "base", "task": "caption", "limit": 8}]}
 SMALL = ("--tokens", 64, "--max-pixels", 56 * 56, "--device", "cpu")
@@ -79,13 +77,6 @@ def test_what_cannot_be_read_is_one_sentence(model, vlmtune, arguments, complain
 def test_an_unknown_model_names_the_nearest(vlmtune):
     code, _, err = vlmtune("plan", "qwen2.5-vl-8b", "--memory", "24GB")
     assert code == 1 and "did you mean" in err and "qwen2.5-vl-7b" in err
-
-
-def test_sizes():
-    assert parse_memory("24GB") == parse_memory("24 gib") == 24 * 2**30
-    assert parse_memory("1.5g") == 3 * 2**29 and parse_memory("500MB") == 500 * 2**20
-    with pytest.raises(VlmtuneError, match="is not a size"):
-        parse_memory("")
 
 
 def test_the_embedded_model_has_a_plan(vlmtune):

@@ -11,7 +11,7 @@ import vlmtune
 
 PACKAGE = Path(vlmtune.__file__).parent
 LEVELS = (
-    ("errors", "types", "rules", "schedule", "paths", "interrupt", "observer", "sealed"),
+    ("errors", "types", "rules", "schedule", "paths", "interrupt", "observer", "sealed", "sizes"),
     ("data", "models", "losses", "optim"),
     ("adapt", "evaluate"),
     ("checks",),
@@ -43,6 +43,7 @@ LEVELS = (
         "card",
         "validation",
         "align",
+        "vision_cache",
     ),
     ("cli", "__main__"),
 )
@@ -55,6 +56,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("paths", "errors"),
         ("observer", "types"),
         ("sealed", "errors"),
+        ("sizes", "errors"),
     },
     4: {
         ("trainer", "checkpoint"),
@@ -95,6 +97,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ),
         ("run", "prepare"),
         ("run", "view"),
+        ("run", "vision_cache"),
         ("run", "outcome"),
         ("run", "samples"),
         ("use", "outcome"),
@@ -110,6 +113,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("card", "config"),
         ("export", "card"),
         *(("validation", other) for other in ("build", "build_course", "card", "check", "config", "export", "use")),
+        *(("vision_cache", other) for other in ("build", "config", "prepare")),
         *(("align", other) for other in ("build", "check", "config", "samples", "use")),
         ("doctor", "config"),
         ("doctor", "failure"),

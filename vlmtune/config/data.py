@@ -6,13 +6,15 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from vlmtune.config.values import Name, ScheduleValue, Strict, checked
+from vlmtune.config.values import Name, ScheduleValue, Strict, checked, read_by
 from vlmtune.data.prompts import system_prompt
 from vlmtune.data.templates import TemplateWish
 from vlmtune.schedule import piecewise
+from vlmtune.sizes import parse_bytes
 
 Task = Literal["caption", "vqa", "ocr", "grounding", "referring"]
 INHERIT = "default"
+SizeValue = Annotated[str, read_by(parse_bytes, "write a number and a unit, for example 20GB")]
 SystemValue = Annotated[str, checked(lambda wish: None if wish == INHERIT else system_prompt(wish))]
 
 
@@ -130,6 +132,9 @@ class Data(Strict):
     add_coordinate_tokens: bool = Field(False, description="add those tokens of `coordinates` that the model lacks")
     sampling: Sampling = Sampling()
     workers: int = Field(1, ge=0, description="processes that decode and encode ahead")
+    vision_cache: SizeValue | None = Field(
+        None, description="disk for features of a frozen vision tower, for example 20GB: it runs once per image"
+    )
 
     @model_validator(mode="after")
     def _window_has_a_size(self) -> Data:

@@ -40,7 +40,8 @@ def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right"
         for row, sample in enumerate(samples)
         for region in sample.regions
     ]
-    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions)
+    images = [image for sample in samples for image in sample.images]
+    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions, images)
 
 
 def _collate_pixels(pixels: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from PIL import Image
 
 from vlmtune import __version__
 from vlmtune.data.coordinates import Coordinates, box_row
+from vlmtune.data.feature_store import FeatureStore
 from vlmtune.data.pictures import Pictures, ProcessedImages
 from vlmtune.data.regions import regions_of, require_mask_sizes
 from vlmtune.data.tokenise import Piece, PieceTokeniser, Place, split_at_boxes
@@ -74,6 +75,7 @@ class Encoder:
         self.coordinates = coordinates
         self.max_length, self.reads_regions = max_length, reads_regions
         self.pictures = Pictures(processor, max_pixels_per_sample)
+        self._store: FeatureStore | None = None
         _require_tokens(self.tokenizer, coordinates)
         self.image_token_ids = {int(i) for i in processor.image_token_ids if i is not None}
         self._tokens = PieceTokeniser(self.tokenizer, processor.chat_template, coordinates.tokens())
@@ -128,6 +130,12 @@ class Encoder:
         free = copy.copy(self)
         free.max_length = None
         return free
+
+    def looking_up(self, store: FeatureStore) -> Encoder:
+        """The same encoder, that gives `images` in place of pixels, with the features that are in the store."""
+        looking = copy.copy(self)
+        looking._store = store
+        return looking
 
     def count(self, sample: Sample) -> int:
         """Tokens of `encode(sample)`, images included, without decoding one: their sizes stand in file headers."""
@@ -188,7 +196,9 @@ class Encoder:
         add_generation_prompt: bool,
         decoded: Sequence[Image.Image] | None = None,
     ) -> Encoded:
-        if decoded is None:
+        if self._store is not None and decoded is None:
+            images = self.pictures.look_up(_images_of(turns), sample.max_pixels, _where(sample), self._store)
+        elif decoded is None:
             images = self.pictures.load(_images_of(turns), sample.max_pixels, _where(sample))
         else:
             images = self.pictures.process(decoded, sample.max_pixels, _where(sample))
@@ -211,6 +221,7 @@ class Encoder:
             geometry=images.geometry,
             origin=sample.origin,
             regions=regions,
+            images=images.images,
         )
 
     def _tokens_of(

@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
 from torch import Tensor
 
+from vlmtune.data.feature_store import FeatureStore, image_key
 from vlmtune.data.geometry import image_geometry, without_margin
 from vlmtune.data.images import image_size, load_image
 from vlmtune.data.resolution import (
@@ -24,7 +25,7 @@ from vlmtune.data.resolution import (
     pixel_range,
     set_pixel_limits,
 )
-from vlmtune.types import ImageGeometry, ImageRef, VlmtuneError
+from vlmtune.types import ImageGeometry, ImageInput, ImageRef, VlmtuneError
 
 Size = tuple[int, int]
 MEASURED = 2048  # sizes of images whose placeholder text is remembered
@@ -33,11 +34,13 @@ NOT_PIXELS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_id
 
 @dataclass(frozen=True)
 class ProcessedImages:
-    """pixels: the processor's tensors; expansions: the text each placeholder becomes; geometry: one per image."""
+    """pixels: the processor's tensors; expansions: the text each placeholder becomes; geometry: one per image; images:
+    one per image, in place of pixels, where features are kept."""
 
     pixels: dict[str, Tensor]
     expansions: list[str]
     geometry: list[ImageGeometry]
+    images: list[ImageInput] = field(default_factory=list)
 
 
 class Pictures:
@@ -77,6 +80,26 @@ class Pictures:
         processed = self._run(padded, self._limit([image.size for image in padded], max_pixels, where))
         geometry = [without_margin(g, size) for g, size in zip(processed.geometry, sizes, strict=True)]
         return ProcessedImages(processed.pixels, processed.expansions, geometry)
+
+    def look_up(
+        self, references: Sequence[ImageRef], max_pixels: int | None, where: str, store: FeatureStore
+    ) -> ProcessedImages:
+        """As `load`, image by image; those whose features are in the store are not decoded."""
+        if not references:
+            return ProcessedImages({}, [], [])
+        measured = self.measure(references, max_pixels, where)
+        widest = largest_aspect(self._processor.image_processor)
+        sizes = [padded_size(image_size(reference.source, where), widest) for reference in references]
+        limit = self._limit(sizes, max_pixels, where)
+        images = []
+        for reference in references:
+            key = image_key(reference, limit, where)
+            features = store.get(key)
+            pixels = {}
+            if features is None:
+                pixels = self._run([padded_to_aspect(load_image(reference.source, where), widest)], limit).pixels
+            images.append(ImageInput(key, pixels, features))
+        return replace(measured, images=images)
 
     def measure(self, references: Sequence[ImageRef], max_pixels: int | None, where: str) -> ProcessedImages:
         """What `load` would give, without tensors, from the headers of the images alone."""

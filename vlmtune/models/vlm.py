@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmtune.models.batchnorm import keeps_statistics
+from vlmtune.models.trunk import CachedVision
 from vlmtune.types import Batch, VlmtuneError, supervised_mask, token_weights
 
 
@@ -30,9 +31,12 @@ class Supervised:
 
 
 class VLM(nn.Module):
-    """Wraps a `*ForConditionalGeneration` model; the language head is left to the loss (SPEC B1)."""
+    """Wraps a `*ForConditionalGeneration` model; the language head is left to the loss (SPEC B1).
 
-    def __init__(self, model: PreTrainedModel):
+    vision: makes inputs of the images of a batch that has them in place of pixels.
+    """
+
+    def __init__(self, model: PreTrainedModel, vision: CachedVision | None = None):
         super().__init__()
         text = model.config.get_text_config()
         if model.config.model_type == "paligemma" and getattr(text, "final_logit_softcapping", None) is not None:
@@ -40,7 +44,7 @@ class VLM(nn.Module):
                 "this PaliGemma caps its logits (final_logit_softcapping, PaliGemma 2), which the loss does not do; "
                 "use a PaliGemma 1 model."
             )
-        self.model = model
+        self.model, self.vision = model, vision
 
     @property
     def head(self) -> nn.Module:
@@ -53,6 +57,8 @@ class VLM(nn.Module):
         read: int64[B, T], ids to read in place of the batch's, which stay what is predicted (`losses.exposure`).
         """
         inputs = batch.inputs if read is None else batch.inputs | {"input_ids": read}
+        if batch.images:
+            inputs = inputs | self.vision.inputs(batch.images)
         states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         kinds = batch.kinds[:, 1:]
         weights = supervised_mask(kinds).float() if kind_weights is None else token_weights(kinds, kind_weights)
