@@ -29,9 +29,10 @@ def predict(
     rules: Rules,
     shape: BatchShape,
     settings: StepSettings = StepSettings(),  # noqa: B008  frozen
-    whole: bool = False,
+    whole: bool | None = None,
 ) -> Prediction:
-    """The memory of one optimizer step. config: of transformers; whole: count every block instead of extending.
+    """The memory of one optimizer step. config: of transformers; whole: count every block (True), or a few and extend
+    (False); None: whichever is less work.
 
     Raises VlmtuneError for what `apply_plan` and `synthetic_batch` refuse.
     """
@@ -44,7 +45,7 @@ def predict_step(
     batch: Batch,
     settings: StepSettings = StepSettings(),  # noqa: B008  frozen
     new_tokens: NewTokens = NewTokens(),  # noqa: B008  frozen
-    whole: bool = False,
+    whole: bool | None = None,
 ) -> Prediction:
     """`predict` for a micro-batch that is there already, for example the first of a run.
 
@@ -58,6 +59,8 @@ def predict_step(
     missing = [deep - shallow for deep, shallow in zip(whole_depths, few, strict=True)]
     counted = [(1 - sum(missing), few)]
     counted += [(missing[axis], tuple(n + (axis == k) for k, n in enumerate(few))) for axis in (0, 1) if missing[axis]]
+    if whole is None and sum(whole_depths) <= sum(sum(blocks) for _, blocks in counted):
+        return count_step(config, rules, batch, settings, new_tokens)
     return combined(
         [(c, count_step(with_depth(config, *blocks), rules, batch, settings, new_tokens)) for c, blocks in counted]
     )
