@@ -60,12 +60,12 @@ def weights(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "rule",
     [
-        {"train": "ia3"},
+        pytest.param({"train": "ia3"}, marks=pytest.mark.slow),
         {"train": "prefix", "options": {"length": 4}},
-        {"train": "cross_modal", "options": {"dim": 8, "heads": 2}},
+        pytest.param({"train": "cross_modal", "options": {"dim": 8, "heads": 2}}, marks=pytest.mark.slow),
         {"train": "lora", "rank": {"qk": 2, "vo": 4, "up": 8, "down": 4}, "lr_b": 4.0, "options": {"use_dora": True}},
         {"train": "lora", "rank": 4, "dropout": 0.1, "store": "nf4"},
-        {"train": "peft", "method": "loha", "options": {"r": 2}},
+        pytest.param({"train": "peft", "method": "loha", "options": {"r": 2}}, marks=pytest.mark.slow),
     ],
     ids=lambda rule: rule.get("method", rule["train"]) + rule.get("store", ""),
 )
@@ -163,9 +163,9 @@ def test_the_mixed_plan_from_start_to_export(vlmtune, write_config, rows, inputs
     [
         {"train": "lora", "rank": 4},
         {"train": "lora", "rank": {"qk": 2, "vo": 4, "up": 8, "down": 4}},
-        {"train": "lora", "rank": 4, "options": {"use_dora": True}},
+        pytest.param({"train": "lora", "rank": 4, "options": {"use_dora": True}}, marks=pytest.mark.slow),
         {"train": "ia3"},
-        {"train": "peft", "method": "loha", "options": {"r": 2}},
+        pytest.param({"train": "peft", "method": "loha", "options": {"r": 2}}, marks=pytest.mark.slow),
         {"train": "peft", "method": "vera", "options": {"r": 8}},
     ],
     ids=["lora", "ranks by kind", "dora", "ia3", "loha", "vera"],

@@ -26,6 +26,7 @@ from vlmtune.observe.log import read_history
 from vlmtune.types import VlmtuneError
 
 
+@pytest.mark.slow  # eleven processes that load the libraries
 def test_ten_kills_in_one_run(write_config):
     """Kill at ten random moments of one run of 40 steps that saves at every step; then let it end."""
     steps, kills = 40, 10

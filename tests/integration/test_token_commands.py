@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from sizes_of_tests import by_default
 from training_setup import encode_all, encoder_of, micro_batches, png
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -71,7 +72,7 @@ def config_of(write_config, boxes, tiny_folder):
     return write
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("family", by_default({"qwen2_5_vl"}, ["qwen2_5_vl", "qwen3_vl", "internvl"]))
 def test_boxes_are_learned_predicted_and_exported(family, config_of, boxes, vlmtune, tmp_path):
     """Train, evaluate, predict, export; the plain folder has the tokens, equal logits, and predicts the same.
 

@@ -8,6 +8,7 @@ import weakref
 import method_matrix
 import pytest
 import torch
+from sizes_of_tests import by_default
 from training_setup import encode_all, encoder_of, micro_batches, write_data
 from transformers import AutoConfig
 
@@ -20,6 +21,7 @@ from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import canonical_parameters, part_of
 from vlmtune.models.load import load_model
 from vlmtune.models.synthetic import BatchShape, synthetic_batch, with_depth
+from vlmtune.models.tiny import FAMILIES
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.optim.optimizer import build_adamw
 from vlmtune.optim.precision import autocast
@@ -104,6 +106,7 @@ def test_items_add_up_to_the_total(family, tiny_folder):
 
 
 @pytest.mark.parametrize(("method", "checkpointing"), [("full", False), ("lora", True)])
+@pytest.mark.parametrize("family", by_default({"llava", "qwen2_5_vl"}, FAMILIES))
 def test_few_blocks_say_what_all_blocks_say(family, method, checkpointing, tiny_folder):
     config = with_depth(AutoConfig.from_pretrained(tiny_folder(family)), 6, 7)
     model = load_model(str(tiny_folder(family)))
@@ -136,6 +139,7 @@ def test_rules_with_layers_take_the_whole_depth(tiny_folder):
     assert predict(model.config, mixed, SHAPE).trained == sum(p.numel() for p in plan.parameters.values())
 
 
+@pytest.mark.parametrize("family", by_default({"llava", "qwen3_vl"}, FAMILIES))
 def test_checkpointing_keeps_less(family, tiny_folder):
     config = AutoConfig.from_pretrained(tiny_folder(family))
     rules = rules_of(load_model(str(tiny_folder(family))), "full")

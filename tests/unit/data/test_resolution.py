@@ -35,7 +35,7 @@ def qwen_size(processor, width, height):
     return (across * processor.patch_size, down * processor.patch_size), image.size
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(width=sides, height=sides, low=st.integers(1, 30), factor=st.integers(1, 20))
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_qwen_sides_are_multiples_within_the_limits(family, tiny_folder, width, height, low, factor):
