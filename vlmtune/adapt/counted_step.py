@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +33,11 @@ CPU_8BIT_BYTES = 5 * 4
 BLOCK_8BIT = 256  # numbers per float32 scale of such a state
 
 
+REMEMBERED = 256
+"""Counted steps of this process: stages and phases of a run, and plans that are tried, often are the same step."""
+_counted: dict[str, Prediction] = {}
+
+
 def count_step(
     config: Any,
     rules: Rules,
@@ -39,6 +46,28 @@ def count_step(
     new_tokens: NewTokens = NewTokens(),  # noqa: B008
 ) -> Prediction:
     """Run it and say what it took. config: of transformers; new_tokens: whose rows the config's vocabulary has."""
+    key = _key(config, rules, batch, settings, new_tokens)
+    if key not in _counted:
+        if len(_counted) >= REMEMBERED:
+            del _counted[next(iter(_counted))]
+        _counted[key] = _count(config, rules, batch, settings, new_tokens)
+    return _counted[key]
+
+
+def _key(config: Any, rules: Rules, batch: Batch, settings: StepSettings, new_tokens: NewTokens) -> str:
+    """Of all that decides what a step allocates: integers of a batch by their values, which models ask for."""
+    digest = hashlib.sha256()
+    for name, value in {**batch.inputs, "kinds": batch.kinds}.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if not value.is_floating_point():
+            digest.update(value.contiguous().numpy().tobytes())
+    attention = [getattr(part, "_attn_implementation", None) for part in (config, config.get_text_config())]
+    plan = [(pattern, replace(policy, lr=0.0)) for pattern, policy in rules]
+    digest.update(repr((config.to_dict(), attention, plan, batch.tasks, settings, new_tokens)).encode())
+    return digest.hexdigest()
+
+
+def _count(config: Any, rules: Rules, batch: Batch, settings: StepSettings, new_tokens: NewTokens) -> Prediction:
     objective = Objective()
     weights = objective.weights([batch])
     ledger = Ledger(settings.device)
