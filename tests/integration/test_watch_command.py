@@ -105,7 +105,10 @@ def test_the_stages_of_a_chain_have_pages(tmp_path, run):
 
 def test_the_command_says_where_and_ends_with_ctrl_c(run):
     command = [sys.executable, "-m", "vlmtune", "watch", str(run), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background have it ignored
+    )  # fmt: skip
     line = process.stdout.readline()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/ shows", line).group(1))
     connection = http.client.HTTPConnection(HOST, port, timeout=10)
