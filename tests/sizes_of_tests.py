@@ -10,4 +10,9 @@ import pytest
 
 def by_default(quick: Collection[Any], every: Iterable[Any]) -> list:
     """`every` as parameters of a test, those outside of `quick` marked slow."""
-    return [pytest.param(value, marks=[] if value in quick else pytest.mark.slow) for value in every]
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)), marks=[] if value in quick else pytest.mark.slow
+        )
+        for value in every
+    ]
