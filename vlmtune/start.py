@@ -43,7 +43,7 @@ from vlmtune.types import Batch, Finding, Sample, VlmtuneError
 MIB = 2**20
 TIGHT, TOO_LARGE = 0.9, 1.2  # of the memory that is there
 ACCURATE = 1.2  # of what was predicted
-PROCESS_KEEPS = 128 * MIB  # of what it freed, and for its threads: up to a hundred were seen (docs/guide/plan.md)
+PROCESS_KEEPS = 256 * MIB  # of what it freed, for libraries and threads: up to 161 were seen (docs/guide/plan.md)
 
 
 def first_micro_batches(steps: Steps) -> list[Batch]:
@@ -328,6 +328,6 @@ class MemoryReport(Observer):
         if measured is not None and record["predicted"]:
             seen += f" ({measured / record['predicted'] - 1:+.0%})"
             if ACCURATE * record["predicted"] < measured <= record["predicted"] + PROCESS_KEEPS:
-                seen += ", within what a process keeps of what it freed"
+                seen += ", within what a process keeps for libraries and threads"
         self.console.print(f"memory: {said}; {seen}", highlight=False, markup=False)
         return record

@@ -255,14 +255,15 @@ def _scores(metrics: dict) -> list[Score]:
 
 def _score(group: str, task: str, metric: str, before: float | None, after: float | None) -> Score:
     change, verdict = "", "unknown"
+    lower_is_better = "loss" in metric or "perplexity" in metric
     if before is not None and after is not None:
         difference = round(after - before, 3)
         change = f"{difference:+.3f}".replace("-", "−") if difference else "0.000"
-        lower_is_better = "loss" in metric or "perplexity" in metric
         improved = difference < 0 if lower_is_better else difference > 0
         verdict = "same" if difference == 0 else "better" if improved else "worse"
     shown = ["–" if value is None else f"{value:.3f}" for value in (before, after)]
-    at = [100 * value if value is not None and 0 <= value <= 1 else None for value in (before, after)]
+    is_share = not lower_is_better and metric not in WIDE_METRICS
+    at = [100 * value if is_share and value is not None and 0 <= value <= 1 else None for value in (before, after)]
     return Score(group, task, metric, *shown, change, verdict, *at)
 
 
