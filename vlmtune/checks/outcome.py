@@ -202,13 +202,17 @@ def yes_no_findings(polled: Sequence[Polled]) -> list[Finding]:
     clear = [one for one in polled if one not in unclear]
     p_values = holm([one.right.p for one in clear])
     judged = [(one, _yes_no(one, p)) for one, p in zip(clear, p_values, strict=True)]
-    never = [one for one, finding in judged if finding.remedy == BLIND_REMEDY and _is_blind(one.before)]
+    never = [
+        one
+        for (one, finding), p in zip(judged, p_values, strict=True)
+        if finding.level == "warn" and _is_blind(one.before) and _is_blind(one.after) and not _is_worse(one, p)
+    ]
     together = never if len(never) > 1 else []
     found = [finding for one, finding in judged if one not in together]
     if together:
         each = "; ".join(
-            f"{one.category} {figures(one.right)}, always one answer {_usual(one.after):.0%}, "
-            f"{one.after.count:,} questions"
+            f"{one.category} {figures(one.right)}, always one answer {_usual(one.after):.0%}, yes "
+            f"{one.after.yes_rate:.0%}, {one.after.count:,} questions"
             for one in together
         )
         evidence = f"not shown to be better than always one answer, before as after: {each}"
@@ -236,7 +240,7 @@ def _yes_no(polled: Polled, p: float) -> Finding:
     if balanced and not 1 - ONE_SIDED < scores.yes_rate < ONE_SIDED:
         one_sided = f"always {'yes' if scores.yes_rate > 0.5 else 'no'}: {evidence}"
         return Finding("fail", what, one_sided, "train questions about what is not there (negatives of a source)")
-    if polled.right.difference < 0 and p < ALPHA:
+    if _is_worse(polled, p):
         return Finding("warn", what, f"worse than the base: {evidence}", "mix in such questions")
     if scores.count >= FEWEST and abs(scores.yes_rate - truth) > YES_LEAN and not low <= truth <= high:
         leaning = "says yes too often" if scores.yes_rate > truth else "says no too often"
@@ -245,6 +249,10 @@ def _yes_no(polled: Polled, p: float) -> Finding:
         blind = f"not shown to be better than always one answer ({_usual(scores):.0%}): {evidence}"
         return Finding("warn", what, blind, BLIND_REMEDY)
     return Finding("pass", what, evidence)
+
+
+def _is_worse(polled: Polled, p: float) -> bool:
+    return polled.right.difference < 0 and p < ALPHA
 
 
 def _usual(scores: YesNoScores) -> float:
