@@ -59,7 +59,10 @@ NOT_FINGERPRINTED = (
 
 def cache_folder() -> Path:
     """Where assembled model folders and indexes of data files are kept: $VLMTUNE_CACHE, else ~/.cache/vlmtune."""
-    return Path(os.environ.get("VLMTUNE_CACHE", Path.home() / ".cache" / "vlmtune"))
+    folder = Path(os.environ.get("VLMTUNE_CACHE", Path.home() / ".cache" / "vlmtune"))
+    if folder.exists() and not folder.is_dir():
+        raise VlmtuneError(f"{folder} is no folder, so nothing can be kept there; set VLMTUNE_CACHE to one.")
+    return folder
 
 
 def resolve_model(name: str) -> str:

@@ -22,6 +22,7 @@ from vlmtune.sealed import read_json
 
 FILE = "README.md"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+OWN_TOWER = "efficientnet_lite"  # known to transformers after `import vlmtune.models.efficientnet`
 TASK = "image-text-to-text"  # the Hub's name for what a vision-language model does
 _MARKUP = re.compile(r"([\\`*_{}\[\]#|~$<&])")  # what means something in the middle of a line
 _ENTITIES = {"<": "&lt;", "&": "&amp;"}
@@ -57,6 +58,7 @@ def card(folder: Path, run: Path, name: str) -> str:
         base=_base_name(config),
         proof=proof,
         is_adapter="loads_with" in proof,
+        has_own_tower=_read(folder / "config.json", {}).get("vision_config", {}).get("model_type") == OWN_TOWER,
         checkpoint=proof.get("checkpoint"),
         summary=summary,
         trained_for=duration(summary["train_seconds"]) if summary else None,

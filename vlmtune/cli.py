@@ -254,7 +254,9 @@ def cache(config: ConfigName, overrides: Overrides = None) -> None:
     from vlmtune.config import load_config
     from vlmtune.vision_cache import fill_cache
 
-    fill_cache(load_config(config, overrides or []), console, best_device())
+    wish = load_config(config, overrides or [])
+    with StopRequest("what was made is kept, and the same command continues").listening():
+        fill_cache(wish, console, best_device())
 
 
 @app.command()

@@ -32,6 +32,8 @@ from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.readouts import detach_readouts
 from vlmtune.optim.precision import Precision, autocast
 from vlmtune.paths import new_folder
+from vlmtune.probe import FILE as PROBE
+from vlmtune.probe import Probe
 from vlmtune.types import Batch, VlmtuneError
 from vlmtune.use import Loaded, find_checkpoint, last_stage, load_run
 
@@ -82,7 +84,7 @@ def _export_merged(loaded: Loaded, run: Path, checkpoint: str, folder: Path, con
     reason = None if loaded.plan is None else why_not_merged(loaded.plan)
     if reason:
         raise VlmtuneError(f"export: {reason}; use `vlmtune export --as adapter`.")
-    batch = _probe_batch(loaded)
+    batch = _probe_batch(loaded, run, checkpoint)
     reference = _logits(loaded.model, batch)
     quantised = _quantised_logits(loaded, run, checkpoint, batch)
     merged = merge_adapters(loaded.model)
@@ -158,7 +160,7 @@ def _export_adapter(loaded: Loaded, run: Path, checkpoint: str, folder: Path, co
     reason = why_not_plain_peft(loaded.plan)
     if reason and not loaded.plan.adapters:
         raise VlmtuneError(f"export --as adapter: {reason}. Use `vlmtune export` without --as.")
-    batch = _probe_batch(loaded)
+    batch = _probe_batch(loaded, run, checkpoint)
     reference = _logits(loaded.model, batch)
     step = _step_of(run, checkpoint)
     with new_folder(folder) as draft:
@@ -222,8 +224,12 @@ def _system_text(config: Config) -> str | None:
     return None if config.data.system is None else system_prompt(config.data.system).text
 
 
-def _probe_batch(loaded: Loaded):
-    """A few training samples of the run, to compare logits on."""
+def _probe_batch(loaded: Loaded, run: Path, checkpoint: str) -> Batch:
+    """A few training samples of the run, to compare logits on: those stored with the checkpoint, so that the data need
+    not be at hand."""
+    folder = find_checkpoint(run, checkpoint) if checkpoint != "base" else None
+    if folder is not None and (folder / PROBE).is_file():
+        return Probe.load(folder).batch
     source = build_source(loaded.config.data.train[0], loaded.config.data)
     source = fit_data(loaded.config, loaded.encoder, [source], {}).sources[0]
     samples = [source[i] for i in range(min(4, source.size or 4))]

@@ -70,7 +70,7 @@ def _locked(path: Path, folder: Path) -> TextIO:
                 owner = file.read().strip() or "unknown"
                 file.close()
                 raise VlmtuneError(
-                    f"{folder}: another process ({owner}) is training in this folder; wait until it has ended, or set "
+                    f"{folder}: another process ({owner}) is at work in this folder; wait until it has ended, or set "
                     "run=… to another."
                 ) from error
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):

@@ -54,7 +54,7 @@ from vlmtune.start import (
     require_no_failure,
 )
 from vlmtune.trainer import Settings
-from vlmtune.types import Batch, Encoded, Finding, Sample, VlmtuneError
+from vlmtune.types import Batch, Encoded, Finding, Sample
 
 LOOKED_AT = 64  # samples of a source that has no end
 
@@ -129,7 +129,7 @@ def prepare(
         made.findings.extend(check_start(model, plan, encoder, batches[0], precision))
         if config.data.vision_cache is not None:
             made.findings.append(halves_finding(model, encoder, _with_images(made), precision))
-            require_no_failure(made.findings[-1:], "start")
+            require_no_failure(made.findings, "start")
         is_shared = any(rule.batchnorm == "sync" for rule in config.plan)
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
         made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
@@ -137,13 +137,9 @@ def prepare(
 
 
 def _with_images(made: Prepared) -> list[Sample]:
-    """The first samples of the run that have images, as many as a micro-batch. Raises VlmtuneError where none has."""
+    """The first samples of the run that have images, as many as a micro-batch."""
     first = [made.steps.order[k] for k in range(min(made.steps.order.decide(0), LOOKED_AT))]
     samples = [sample for source, row in first if (sample := made.sources[source][row]).images]
-    if not samples:
-        raise VlmtuneError(
-            f"data.vision_cache: none of the first {len(first)} samples has an image; leave the cache out."
-        )
     return samples[: made.steps.micro_batch_size]
 
 

@@ -152,8 +152,8 @@ def _train(
     meter = PeakMeter(device, held_bytes(made.model))
     by_source = count_samples(steps.order, sources)
     memory = partial(used_bytes, device)
-    history = History(folder / "history.jsonl", settings.log_every, from_step, by_source, memory)
-    board = TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source)
+    history = History(folder / "history.jsonl", settings.log_every, from_step, by_source, memory, settings.total_steps)
+    board = TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source, settings.total_steps)
     progress = ProgressLine(console, settings.total_steps, settings.log_every)
     samples = SampleWriter(
         gallery, made.model, made.encoder, history, console, samples_every(config, [source.size for source in sources]),

@@ -23,6 +23,7 @@ from vlmtune.models.features import stage_digest
 from vlmtune.models.trunk import CachedVision
 from vlmtune.observe.log import CountingBar
 from vlmtune.optim.precision import Precision, autocast
+from vlmtune.paths import alone_in
 from vlmtune.prepare import Prepared, prepare
 from vlmtune.sizes import bytes_text, parse_bytes
 from vlmtune.types import ImageInput, VlmtuneError
@@ -112,24 +113,47 @@ def fill_cache(config: Config, console: Console, device: torch.device) -> None:
         console.print(f"left out, because they have no end: {', '.join(endless)}", highlight=False, markup=False)
     cache = VisionCache.of(config, made)
     console.print(cache.described(), highlight=False, markup=False)
-    images = _Images(sources, cache.steps.encoder)
     made.model.eval()
-    try:
-        with CountingBar(console, "caching") as bar:
-            for done, found in enumerate(_loaded(images, config.data.workers)):
-                with autocast(made.settings.precision, device):
-                    cache.vision.complete([image.to(device) for image in found])
-                if cache.store.problem:
-                    break
-                bar("images of", min((done + 1) * AT_ONCE, len(images.rows)), len(images.rows))
-    finally:
-        cache.store.flush()
+    rows = sum(source.size for source in sources)
+    with alone_in(cache.store.folder):
+        done = _fill(cache, sources, made.settings.precision, config.data.workers, device, console)
+    looked_at = cache.vision.made + cache.vision.kept
     if cache.store.problem:
-        console.print(f"not all is kept: {cache.store.problem}", highlight=False, markup=False)
+        raise VlmtuneError(
+            f"data.vision_cache: {cache.store.problem} ({cache.described()}; {rows - done:,} of {rows:,} rows are "
+            "left)."
+        )
+    if not looked_at:
+        raise VlmtuneError(f"vlmtune cache: none of {rows:,} rows has an image; leave data.vision_cache out.")
     console.print(
         f"{cache.vision.made:,} images were new, {cache.vision.kept:,} were there; {cache.described()}",
         highlight=False, markup=False,
     )  # fmt: skip
+
+
+def _fill(
+    cache: VisionCache,
+    sources: Sequence[SampleSource],
+    precision: Precision,
+    workers: int,
+    device: torch.device,
+    console: Console,
+) -> int:
+    """Returns how many rows were looked at. What was made is kept, however it ends."""
+    images = _Images(sources, cache.steps.encoder)
+    done = 0
+    try:
+        with CountingBar(console, "caching") as bar:
+            for found in _loaded(images, workers):
+                with autocast(precision, device):
+                    cache.vision.complete([image.to(device) for image in found])
+                if cache.store.problem:
+                    break
+                done = min(done + AT_ONCE, len(images.rows))
+                bar("images of", done, len(images.rows))
+    finally:
+        cache.store.flush()
+    return done
 
 
 def _loaded(images: _Images, workers: int) -> Iterator[list[ImageInput]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from training_setup import encode_all, encoder_of, micro_batches
+from training_setup import encode_all, encoder_of, micro_batches, write_data
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmtune.config import load_config
@@ -65,6 +66,15 @@ def test_plain_processor_gives_the_training_ids(trained_run, rows, tiny_folder, 
     folders = (tmp_path / "exported", tiny_folder("llava"))
     texts = [AutoProcessor.from_pretrained(f).apply_chat_template(turns, tokenize=True) for f in folders]
     assert texts[0] == texts[1]
+
+
+def test_the_data_need_not_be_at_hand(write_config, quiet, tmp_path):
+    """Logits are compared on the samples that the checkpoint holds."""
+    data = write_data(tmp_path / "own", 6)
+    config = load_config(str(write_config("run", 3, data={"train": [{"path": str(data)}], "workers": 0})))
+    train(config, quiet)
+    shutil.rmtree(data.parent)
+    assert export_run(Path(config.run), "latest", tmp_path / "exported", quiet)["merged_modules"] > 0
 
 
 def test_an_existing_folder_is_refused(trained_run, quiet, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from sizes_of_tests import by_default
 from training_setup import PLAN, png, write_data
 
+from vlmtune.models import trunk
 from vlmtune.models.tiny import write_tiny
 
 STEPS = 6
@@ -99,8 +101,9 @@ def test_a_small_limit_is_kept_and_said(vlmtune, write_config, cache, own_rows):
     assert (code, err) == (0, ""), out
     assert "it is full; raise data.vision_cache" in out
     assert sum(path.stat().st_size for path in cache.rglob("*.safetensors")) < 16_000
-    code, out, _ = vlmtune("cache", config)
-    assert code == 0 and "not all is kept: it is full" in out
+    code, _, err = vlmtune("cache", config)
+    said = " ".join(err.split())
+    assert code == 1 and "it is full; raise data.vision_cache" in said and "of 12 rows are left" in said
 
 
 def test_a_disk_that_refuses_ends_no_training(vlmtune, write_config, cache, own_rows):
@@ -110,6 +113,26 @@ def test_a_disk_that_refuses_ends_no_training(vlmtune, write_config, cache, own_
     code, out, err = vlmtune("train", config)
     assert (code, err) == (0, ""), out
     assert "cannot be written" in out and came(out)[0] == 0
+
+
+def test_interrupted_it_keeps_what_was_made(vlmtune, write_config, cache, own_rows, monkeypatch):
+    """A signal in the middle; the same command goes on."""
+    config = write_config("run", 3, data={"train": [{"path": str(own_rows)}], "workers": 0, "vision_cache": "1GB"})
+    whole = trunk.tower_features
+    calls: list[int] = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(*arguments)
+
+    monkeypatch.setattr(trunk, "tower_features", interrupted)
+    code, _, err = vlmtune("cache", config)
+    assert code == 128 + signal.SIGTERM and "stopped by SIGTERM; what was made is kept" in " ".join(err.split())
+    monkeypatch.setattr(trunk, "tower_features", whole)
+    code, out, _ = vlmtune("cache", config)
+    assert code == 0 and "7 images were new, 4 were there" in out
 
 
 def test_a_damaged_shard_is_named(vlmtune, write_config, cache, own_rows):
@@ -145,8 +168,11 @@ def test_bad_wishes(vlmtune, write_config, tmp_path):
     code, _, err = vlmtune("cache", config)
     assert code == 1 and "data.vision_cache is not set" in err
     texts = write_data(tmp_path / "texts", 6, images=False)
-    code, _, err = vlmtune("train", config, "data.vision_cache=1GB", f"data.train=[{{path: {texts}}}]")
-    assert code == 1 and "none of the first 12 samples has an image" in " ".join(err.split())
+    wish = "data.vision_cache=1GB", f"data.train=[{{path: {texts}}}]"
+    code, _, err = vlmtune("cache", config, *wish)
+    assert code == 1 and "none of 6 rows has an image" in " ".join(err.split())
+    code, out, _ = vlmtune("train", config, *wish, "plan.1.train=frozen")
+    assert code == 0 and "not compared: none of the first samples has an image" in " ".join(out.split()), out
 
 
 def test_a_run_goes_on_with_a_larger_cache(vlmtune, write_config, cache, own_rows):

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from vlmtune.card import card, escaped, fenced, write_card
 from vlmtune.config import dump_config, load_config
+from vlmtune.models.efficientnet import EfficientNetLiteConfig
 
 HOSTILE = "# [x](http://e.com) | <script>alert(1)</script>\n---\nbase_model: evil `a` **b** $c$"
 
@@ -75,6 +76,14 @@ def test_the_hub_reads_it(folders):
     (result,) = read.data.eval_results
     assert (read.data.model_name, result.metric_type, result.metric_value) == ("my.model", "exact_match", 0.75)
     assert read.text.lstrip().startswith("# my.model\n")
+
+
+def test_a_tower_of_our_own_is_imported_first(folders):
+    export, run = folders
+    line = "import vlmtune.models.efficientnet  # its vision tower"
+    for kind, is_there in ((EfficientNetLiteConfig.model_type, True), ("siglip_vision_model", False)):
+        (export / "config.json").write_text(json.dumps({"vision_config": {"model_type": kind}}))
+        assert (line in card(export, run, "m")) == is_there
 
 
 def test_text_from_data_stays_text(folders):

@@ -27,11 +27,21 @@ class History(Observer):
     """Appends one JSON object per logging step, evaluation, finding and whatever is added to history.jsonl, and the
     statistics of every parameter to gradients.jsonl beside it.
 
-    by_source: samples of the run so far -> source name -> how many of them came from it; memory: bytes in use now.
+    by_source: samples of the run so far -> source name -> how many of them came from it; memory: bytes in use now;
+    last: the step with which the run ends, recorded too.
     """
 
-    def __init__(self, path: Path, log_every: int, from_step: int, by_source: CountBySource, memory: Callable[[], int]):
+    def __init__(
+        self,
+        path: Path,
+        log_every: int,
+        from_step: int,
+        by_source: CountBySource,
+        memory: Callable[[], int],
+        last: int | None = None,
+    ):
         self.path, self.log_every, self._by_source, self._memory = path, log_every, by_source, memory
+        self.last = last
         self.gradients = path.with_name("gradients.jsonl")
         self._begin(from_step)
 
@@ -47,7 +57,7 @@ class History(Observer):
             append_line(self.gradients, {"kind": "gradients", "step": state.step, "parameters": rows})
         if "skipped" not in metrics:
             self._since.append(metrics)
-        if not self._since or (state.step % self.log_every and state.step != 1):
+        if not self._since or (state.step % self.log_every and state.step not in (1, self.last)):
             return
         record = train_record(state, self._since)
         self.add(record | {"sources": self._by_source(state.samples), "memory": self._memory()})
@@ -172,8 +182,8 @@ def keep_until(path: Path, step: int) -> None:
 class TensorBoard(Observer):
     """The same numbers as TensorBoard scalars under <run>/tensorboard."""
 
-    def __init__(self, folder: Path, log_every: int, from_step: int, by_source: CountBySource):
-        self.folder, self.log_every, self._by_source = folder, log_every, by_source
+    def __init__(self, folder: Path, log_every: int, from_step: int, by_source: CountBySource, last: int | None = None):
+        self.folder, self.log_every, self._by_source, self.last = folder, log_every, by_source, last
         self._open(from_step + 1 if from_step else None)
 
     def _open(self, purge_step: int | None) -> None:
@@ -186,7 +196,7 @@ class TensorBoard(Observer):
         self._open(state.step + 1)
 
     def on_step(self, state, metrics: dict[str, Any]) -> None:
-        if state.step % self.log_every or "skipped" in metrics:
+        if (state.step % self.log_every and state.step != self.last) or "skipped" in metrics:
             return
         record = train_record(state, [metrics])
         for name in (*SCALARS, "tokens_per_second", "samples_per_second", "data_wait"):
@@ -285,7 +295,7 @@ class ProgressLine(Observer):
             f"left {duration(left)}"
         )
         self._progress.update(self._bar, completed=state.step, description=line)
-        if state.step % self.log_every == 0 or state.step == 1:
+        if state.step % self.log_every == 0 or state.step in (1, self.total):
             self._since = []
             if not self.console.is_terminal:
                 self.console.print(f"step {state.step}/{self.total}  {line}", highlight=False)

@@ -17,7 +17,6 @@ from vlmtune.data.prompts import system_prompt
 from vlmtune.data.sources import FileSource, with_system
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluate.answers import Answer, answer
-from vlmtune.evaluate.evaluation import rows_of
 from vlmtune.evaluate.safety import read_probes
 from vlmtune.evaluate.yes_no import QUESTION, poll, require_question, require_yes_no, truth_of
 from vlmtune.observe.log import CountingBar
@@ -95,6 +94,12 @@ class Questions:
         return sum(map(len, self.groups.values())) + len(self.polls) + len(self.probes)
 
 
+def spread(size: int, limit: int | None) -> list[int]:
+    """At most `limit` of the numbers below `size`, evenly spread: files are often sorted by task."""
+    count = size if limit is None else min(size, limit)
+    return [number * size // count for number in range(count)]
+
+
 def gather(
     config: Config,
     encoder: Encoder,
@@ -104,18 +109,18 @@ def gather(
     question: str | None,
     console: Console,
 ) -> Questions:
-    """limit: samples of each source. question: of yes/no questions made from `meta.objects` of held-out samples,
-    None: make none.
+    """limit: samples of each source, evenly spread over it. question: of yes/no questions made from `meta.objects` of
+    held-out samples, None: make none.
 
     Raises VlmtuneError where there are none such, and the question, another than the usual one, had no effect.
     """
     with CountingBar(console) as bar:
         groups = fit_data(config, encoder, [], build_eval_groups(config), bar).groups
     held_out = {
-        group: [source[row] for source in sources for row in range(rows_of(source, limit))]
+        group: [source[row] for source in sources for row in spread(source.size, limit)]
         for group, sources in groups.items()
     }
-    held_out |= {name: samples[:limit] for name, samples in files.retain.items()}
+    held_out |= {name: [samples[row] for row in spread(len(samples), limit)] for name, samples in files.retain.items()}
     if question is None:
         return Questions(held_out, retained, files.pope, files.safety)
     require_question(question)

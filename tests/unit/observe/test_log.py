@@ -156,3 +156,10 @@ def test_findings_and_statistics_are_written_and_dropped_when_the_run_goes_back(
     assert records[1]["evidence"] == "jumped at 1" and records[1]["level"] == "warn"
     assert [r["step"] for r in read_history(tmp_path / "gradients.jsonl")] == [2]
     assert read_history(tmp_path / "gradients.jsonl")[0]["parameters"]["language.a"]["std"] == 1.0
+
+
+def test_the_last_step_is_recorded_whatever_the_interval(tmp_path):
+    history = History(tmp_path / "history.jsonl", 10, 0, by_source, memory, last=4)
+    for step in (1, 2, 3, 4):
+        history.on_step(state(step), metrics((float(step), 10)))
+    assert [record["step"] for record in read_history(tmp_path / "history.jsonl")] == [1, 4]
