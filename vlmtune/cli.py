@@ -317,7 +317,9 @@ def validate(
     safety: Annotated[Path | None, typer.Option(help="data file of prompts with meta.refuse or meta.forbidden")] = None,
     judge: Annotated[str | None, typer.Option(help="command that judges the replies to --safety")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="sections to leave out, a,b or repeated")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="samples of each held-out source, spread over it (default: all)")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="samples of each held-out source, spread over it (default: all)")
+    ] = None,
     card: Annotated[Path | None, typer.Option(help="exported folder of this checkpoint: write its model card")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
