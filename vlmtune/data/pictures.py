@@ -87,10 +87,8 @@ class Pictures:
         """As `load`, image by image; those whose features are in the store are not decoded."""
         if not references:
             return ProcessedImages({}, [], [])
-        measured = self.measure(references, max_pixels, where)
+        _, _, limit = self._sizes(references, max_pixels, where)
         widest = largest_aspect(self._processor.image_processor)
-        sizes = [padded_size(image_size(reference.source, where), widest) for reference in references]
-        limit = self._limit(sizes, max_pixels, where)
         images = []
         for reference in references:
             key = image_key(reference, limit, where)
@@ -99,17 +97,23 @@ class Pictures:
             if features is None:
                 pixels = self._run([padded_to_aspect(load_image(reference.source, where), widest)], limit).pixels
             images.append(ImageInput(key, pixels, features))
-        return replace(measured, images=images)
+        return replace(self.measure(references, max_pixels, where), images=images)
 
     def measure(self, references: Sequence[ImageRef], max_pixels: int | None, where: str) -> ProcessedImages:
         """What `load` would give, without tensors, from the headers of the images alone."""
-        sizes = [image_size(reference.source, where) for reference in references]
-        widest = largest_aspect(self._processor.image_processor)
-        padded = [padded_size(size, widest) for size in sizes]
-        limit = self._limit(padded, max_pixels, where)
+        sizes, padded, limit = self._sizes(references, max_pixels, where)
         blank = [self._blank(size, limit) for size in padded]
         geometry = [without_margin(b.geometry[0], size) for b, size in zip(blank, sizes, strict=True)]
         return ProcessedImages({}, [b.expansions[0] for b in blank], geometry)
+
+    def _sizes(
+        self, references: Sequence[ImageRef], max_pixels: int | None, where: str
+    ) -> tuple[list[Size], list[Size], int | None]:
+        """Of each image as its header says and with its margin; and the limit of pixels of each."""
+        sizes = [image_size(reference.source, where) for reference in references]
+        widest = largest_aspect(self._processor.image_processor)
+        padded = [padded_size(size, widest) for size in sizes]
+        return sizes, padded, self._limit(padded, max_pixels, where)
 
     def _limit(self, sizes: Sequence[Size], max_pixels: int | None, where: str) -> int | None:
         """The limit of each image of a sample: its own, and what the limit of the whole sample leaves to each."""

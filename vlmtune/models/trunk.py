@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_window_index
 
-from vlmtune.models.anatomy import anatomy_of, part_of
-from vlmtune.models.batchnorm import keeps_statistics
+from vlmtune.models.anatomy import anatomy_of, canonical_parameters, part_of
 from vlmtune.types import ImageInput, VlmtuneError
 
 FEATURES = "features"
@@ -38,22 +38,13 @@ def require_two_halves(model: PreTrainedModel, trained: Collection[str] = ()) ->
     if kind not in (*_TILES, *_PACKED):
         raise VlmtuneError(f"data.vision_cache: {kind} models have no seam between tower and projector; leave it out.")
     names = [name for name in trained if part_of(name) == "vision"]
-    names = names or [name for name, parameter in _trunk_parameters(model) if parameter.requires_grad]
+    now = [name for name, parameter in canonical_parameters(model).items() if parameter.requires_grad]
+    names = names or [name for name in now if part_of(name) == "vision"]
     if names:
         raise VlmtuneError(
             f"data.vision_cache: the vision tower trains ({len(names)} tensors, first {names[0]}), so that its "
             "features change with every step; freeze it (match: vision, train: frozen), or leave the cache out."
         )
-    if any(keeps_statistics(module) for module in model.modules()):
-        raise VlmtuneError("data.vision_cache: the tower's BatchNorm follows the batches; leave the cache out.")
-
-
-def _trunk_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    anatomy = anatomy_of(model)
-    inside = tuple(f"{path}." for path in anatomy.projector)
-    for name, parameter in model.named_parameters():
-        if name.startswith(f"{anatomy.vision}.") and not name.startswith(inside) and name not in anatomy.projector:
-            yield name, parameter
 
 
 @dataclass
@@ -149,15 +140,8 @@ def project(model: PreTrainedModel, images: Sequence[Mapping[str, Tensor]]) -> d
     return inputs | {GRID: grid}
 
 
-class _Features(dict):
-    """As transformers' outputs: attributes."""
-
-    __getattr__ = dict.__getitem__
-    __setattr__ = dict.__setitem__
-
-
 def _outputs(pooled: Tensor | Sequence[Tensor]) -> dict[str, Any]:
-    return {"mm_encoder_outputs": {"image": _Features(pooler_output=pooled)}}
+    return {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=pooled)}}
 
 
 class CachedVision:
