@@ -18,7 +18,7 @@ from vlmtune.adapt.plan import Plan, Policy, apply_plan
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
-from vlmtune.data.loader import Steps, load_steps
+from vlmtune.data.loader import Room, Steps, load_steps
 from vlmtune.data.mixture import Mixture
 from vlmtune.data.sources import FileSource
 from vlmtune.losses.objective import Objective
@@ -198,7 +198,7 @@ def make_trainer(
     model.to(device)
     source = FileSource(data)
     mixture = Mixture([source.size], [piecewise(1.0)], total_steps * 4, seed=0)
-    steps = Steps([source], mixture, encoder, 4, micro_batch_size)
+    steps = Steps([source], mixture, encoder, 4, Room(micro_batch_size))
     plan = apply_plan(model, rules(model), str(model_folder), seed=0, new_tokens=new)
     if gradient_checkpointing:
         checkpoint_activations(model)

@@ -19,7 +19,7 @@ from vlmtune.build_loss import wanted_readouts
 from vlmtune.config import EXPORTED, INHERIT, Config, Data, Source
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
-from vlmtune.data.loader import Steps, load_steps
+from vlmtune.data.loader import Room, Steps, load_steps
 from vlmtune.data.mixture import Mixture
 from vlmtune.data.negatives import Form, NegativeSource, form_of_question
 from vlmtune.data.prompts import length_remark, system_prompt
@@ -368,10 +368,18 @@ def changes(config: Config, fitted: FittedData) -> dict[str, list[dict]]:
 
 
 def build_steps(
-    config: Config, sources: list[SampleSource], weights: Sequence[Piecewise], encoder: Encoder, steps: int
+    config: Config,
+    sources: list[SampleSource],
+    weights: Sequence[Piecewise],
+    encoder: Encoder,
+    steps: int,
+    has_padding: bool = True,
 ) -> Steps:
+    """has_padding: whether the samples of a forward are padded to one length."""
     order = build_order(config, sources, weights, steps)
-    return Steps(sources, order, encoder, config.train.batch_size, config.train.micro_batch_size)
+    wish = config.train
+    room = Room(wish.samples_per_forward, wish.micro_batch_tokens, has_padding)
+    return Steps(sources, order, encoder, wish.batch_size, room)
 
 
 def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequence[Piecewise], steps: int) -> Order:

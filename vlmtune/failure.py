@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlmtune.adapt.fused import own_forward
 from vlmtune.checkpoint import restore_rng, rng_state
 from vlmtune.checks.causes import GROWN, rank_causes
 from vlmtune.checks.examine import Picture, examine_inputs, pictures_of
@@ -136,7 +137,8 @@ def diagnose(
         restore_rng(rng)
         step = _Step(watched, [batch.to(model.device) for batch in micro_batches], weights, precision, tower)
         step.forget_gradients()
-        origin, number, without_scale = _rerun(model, step, scale, vocabulary_size)
+        with own_forward(model):
+            origin, number, without_scale = _rerun(model, step, scale, vocabulary_size)
     finally:
         with torch.no_grad():
             for buffer, value in buffers:

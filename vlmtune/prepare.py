@@ -3,7 +3,7 @@ looks at it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -36,6 +36,7 @@ from vlmtune.data.sources import SampleSource
 from vlmtune.data.survey import longest_rows
 from vlmtune.evaluate.evaluation import require_chosen
 from vlmtune.losses.objective import Objective
+from vlmtune.models.packing import is_packing
 from vlmtune.models.quantise import place
 from vlmtune.models.readouts import readouts_of
 from vlmtune.models.trunk import require_two_halves
@@ -52,6 +53,7 @@ from vlmtune.start import (
     memory_finding,
     predict_phases,
     require_no_failure,
+    start_fast,
 )
 from vlmtune.trainer import Settings
 from vlmtune.types import Batch, Encoded, Finding, Sample
@@ -112,7 +114,6 @@ def prepare(
         require_chosen(config.evaluate.metrics, groups, list(readouts_of(model) or []), limits)
     precision = resolve_precision(config.train.precision, device)
     settings = build_settings(config, [source.size for source in sources], precision)
-    steps = build_steps(config, sources, weights, encoder, settings.total_steps)
     plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
     objective = build_objective(config, sources, plan, encoder)
     if config.train.gradient_checkpointing:
@@ -122,9 +123,14 @@ def prepare(
     place(model, device)
     for line in apply_formats(model, plan, config):
         console.print(line, highlight=False, markup=False)
+    steps = build_steps(config, sources, weights, encoder, settings.total_steps)
+    fast = start_fast(model, plan, config.train.fused, config.train.packing, first_micro_batches(steps)[-1], precision)
+    if is_packing(model):
+        steps.room = replace(steps.room, has_padding=False)
     batches = first_micro_batches(steps)
     predictions = predict_phases(config, settings, model, batches, base.new_tokens, device)
     made = Prepared(model, encoder, sources, groups, fitted, steps, settings, plan, objective, [], [], predictions)
+    made.findings.extend(fast)
     if check:
         made.findings.extend(check_start(model, plan, encoder, batches[0], precision))
         if config.data.vision_cache is not None:
@@ -140,7 +146,7 @@ def _with_images(made: Prepared) -> list[Sample]:
     """The first samples of the run that have images, as many as a micro-batch."""
     first = [made.steps.order[k] for k in range(min(made.steps.order.decide(0), LOOKED_AT))]
     samples = [sample for source, row in first if (sample := made.sources[source][row]).images]
-    return samples[: made.steps.micro_batch_size]
+    return samples[: made.steps.room.samples]
 
 
 def _judged_settings(config: Config, made: Prepared, device: torch.device) -> list[Finding]:
@@ -173,7 +179,7 @@ def _judged_settings(config: Config, made: Prepared, device: torch.device) -> li
 def largest_micro_batch(made: Prepared) -> Batch:
     """Of the samples with the most tokens, as many as a micro-batch has; of sources whose samples are not counted, the
     longest of the first that the run reads."""
-    size = made.steps.micro_batch_size
+    size = made.steps.room.samples
     found: list[tuple[int, Encoded]] = []
     for number, (source, survey) in enumerate(zip(made.sources, made.fitted.of_train, strict=True)):
         if survey is None:
@@ -183,7 +189,10 @@ def largest_micro_batch(made: Prepared) -> Batch:
             rows = longest_rows(source, survey, size)
         found += [(len(sample), sample) for sample in (made.encoder.encode(source[row]) for row in rows)]
     found.sort(key=lambda pair: -pair[0])
-    return collate([sample for _, sample in found[:size]], made.encoder.pad_token_id)
+    longest = [sample for _, sample in reversed(found[:size])]
+    parts = made.steps.room.split([len(sample) for sample in longest])
+    largest = max((longest[part] for part in parts), key=lambda part: sum(map(len, part)))
+    return collate(largest, made.encoder.pad_token_id)
 
 
 def probe_of(steps: Steps) -> Probe:

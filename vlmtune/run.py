@@ -129,7 +129,7 @@ def _train(
     scaling = lr_scaling(config)
     console.print(
         f"{settings.total_steps} steps of {config.train.batch_size} samples "
-        f"({config.train.batch_size // config.train.micro_batch_size} micro-batches), {settings.precision} on "
+        f"({steps.room}), {settings.precision} on "
         f"{device.type}, {torch.get_num_threads()} threads"
         + (f", learning rates x {scaling:g} for the batch size" if scaling != 1 else "")
         + f"; run folder {folder}",
@@ -229,7 +229,7 @@ def open_folder(
         write_text(folder / name, text)
     if not (folder / "data.json").exists():  # of the data that the run began with
         write_text(folder / "data.json", json.dumps(data_record(config), indent=1))
-    first = [made.steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.micro_batch_size))]
+    first = [made.steps.order[k] for k in range(min(FIRST_BATCH_SHOWN, config.train.samples_per_forward))]
     write_token_view(
         folder / "first_batch.html",
         [token_view(made.encoder, fitted_sample(made.sources[s], row)) for s, row in first],

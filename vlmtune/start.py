@@ -6,16 +6,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from vlmtune.adapt.fused import use_fused, use_stock
 from vlmtune.adapt.memory import PeakMeter, predict_step
 from vlmtune.adapt.plan import Plan, Policy
 from vlmtune.adapt.prediction import Prediction, StepSettings
@@ -29,6 +31,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.feature_store import FeatureStore
 from vlmtune.data.loader import Steps
 from vlmtune.models.anatomy import canonical_parameters
+from vlmtune.models.packing import is_packing, packing_refusal, use_packed_attention, use_padding
 from vlmtune.models.quantise import stored_bytes
 from vlmtune.models.trunk import CachedVision
 from vlmtune.models.vlm import VLM
@@ -104,18 +107,82 @@ def halves_finding(
         collate([of.encode(sample) for sample in samples], encoder.pad_token_id).to(model.device)
         for of in (encoder, looking)
     )
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.no_grad(), autocast(precision, model.device):
+    with evaluating(model), torch.no_grad(), autocast(precision, model.device):
         whole, apart = VLM(model)(plain).sequence.float(), VLM(model, vision)(halves).sequence.float()
-    for module, is_training in modes.items():
-        module.training = is_training
     gap = float((whole - apart).abs().max() / whole.abs().max())
     size = sum(value.nbytes for image in halves.images for value in image.features.values()) / len(halves.images)
     evidence = f"largest difference {gap:.1e} of the largest state; about {bytes_text(size)} an image"
     if not gap <= SAME_LOSS[precision]:
         return Finding("fail", what, evidence, "leave data.vision_cache out, and report it")
     return Finding("pass", what, evidence)
+
+
+def start_fast(
+    model: torch.nn.Module, plan: Plan, fused: bool, packing: bool | Literal["auto"], batch: Batch, precision: Precision
+) -> list[Finding]:
+    """Have the model compute the same with less work, as far as it is wanted and gives the same states on this batch.
+
+    Raises VlmtuneError where packing is wanted and cannot be.
+    """
+    batch, vlm = batch.to(model.device), VLM(model)
+    real = batch.inputs["attention_mask"].bool()
+
+    def states() -> torch.Tensor:
+        with evaluating(model), torch.no_grad(), autocast(precision, model.device):
+            return vlm(batch).sequence[real].float()
+
+    def gap() -> float:
+        return float((states() - own).abs().max() / own.abs().max())
+
+    findings, refusal = [], _packing_refusal(model, plan)
+    own = states() if fused or (packing and refusal is None) else None
+    if fused and (count := use_fused(model)):
+        what, found = "modules with fewer passes give the model's own states", gap()
+        evidence = f"{count} modules, largest difference {found:.1e} of the largest state"
+        findings.append(Finding("pass", what, evidence))
+        if not found <= SAME_LOSS[precision]:
+            use_stock(model)
+            findings[-1] = Finding("warn", what, f"no: {evidence}", "the model's own are used; please report it")
+    if packing and refusal is not None:
+        findings.append(_padding_stays(packing, Finding("pass", "padding stays", refusal)))
+    elif packing:
+        use_packed_attention(model)
+        what, found = "without padding the model has its own states", gap()
+        padding = 1 - float(real.float().mean())
+        evidence = f"largest difference {found:.1e} of the largest state; {padding:.0%} of this batch is padding"
+        findings.append(Finding("pass", what, evidence))
+        if not found <= SAME_LOSS[precision]:
+            use_padding(model)
+            finding = Finding("warn", what, f"no: {evidence}", "padding stays; please report it")
+            findings[-1] = _padding_stays(packing, finding)
+    return findings
+
+
+def _packing_refusal(model: torch.nn.Module, plan: Plan) -> str | None:
+    methods = sorted({policy.train for policy in plan.policies.values()} & NEED_PADDING)
+    return f"train: {methods[0]} reads padded rows" if methods else packing_refusal(model)
+
+
+NEED_PADDING = {"cross_modal"}
+"""Methods whose modules look at rows of a batch."""
+
+
+def _padding_stays(wish: bool | Literal["auto"], finding: Finding) -> Finding:
+    if wish == "auto":
+        return finding
+    raise VlmtuneError(f"train.packing: {finding.evidence}; set it to auto or false.")
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Everything in eval mode within, and as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
 
 
 def require_no_failure(findings: Sequence[Finding], where: str) -> None:
@@ -239,6 +306,7 @@ def _predict(
     settings = StepSettings(
         precision=precision, gradient_checkpointing=config.train.gradient_checkpointing, optimizer=config.optim.name,
         double=config.quantise.double, micro_batches=len(batches), device=device.type,
+        packing=is_packing(model), fused=config.train.fused,
     )  # fmt: skip
     largest = max(batches, key=lambda batch: batch.inputs["input_ids"].numel())
     try:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from training_setup import full_rules, gradient_gap, lora_rules, loss_and_gradients, micro_batches
 
+from vlmtune.adapt.fused import FusedLora, own_forward, use_fused, use_stock
 from vlmtune.adapt.plan import apply_plan
 from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import anatomy_of, canonical_parameters
 from vlmtune.models.load import load_model
+from vlmtune.models.packing import is_packing, packing_refusal, use_packed_attention
 from vlmtune.models.tiny import FAMILIES
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.types import supervised_mask
@@ -56,6 +58,129 @@ def test_padded_equals_unpadded(name, model_folder, encoded):
             assert torch.equal(together.targets[mine], alone.targets) and torch.equal(together.kinds[mine], alone.kinds)
             # states have entries of order 1 (they come out of a norm); see the module's docstring for 1e-4
             torch.testing.assert_close(together.hidden[mine], alone.hidden, atol=1e-4, rtol=1e-4)
+
+
+PACKED = ["qwen2_5_vl", "qwen3_vl", "smolvlm", "llava", "internvl", "embedded"]
+
+
+def test_families_that_are_packed(model_folder):
+    """The others say why not: their attention looks ahead within images."""
+    refused = {name: packing_refusal(load_model(str(model_folder(name)))) for name in NAMES}
+    assert [name for name, why in refused.items() if why is None] == [name for name in NAMES if name in PACKED]
+    assert all("looks ahead" in why for name, why in refused.items() if name not in PACKED)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_equals_padded(name, model_folder, encoded):
+    """Class 2: without padding the same loss, states and gradients; recomputing in the backward changes no bit."""
+    encoder, samples = encoded(name)
+    model = prepared(model_folder(name))
+    (batch,) = micro_batches(encoder, samples, len(samples))
+    loss, gradients = loss_and_gradients(model, [batch])
+    with torch.no_grad():
+        padded = VLM(model)(batch)
+    tokens: list[int] = []
+    layers = model.get_submodule(anatomy_of(model).language_layers)
+    layers[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:2].numel()))
+    use_packed_attention(model)
+    packed_loss, of_packed = loss_and_gradients(model, [batch])
+    assert tokens == [int(batch.inputs["attention_mask"].sum())] and tokens[0] < batch.inputs["input_ids"].numel()
+    assert packed_loss == pytest.approx(loss, rel=LOSS)
+    assert gradient_gap(gradients, of_packed) < GRADIENT
+    with torch.no_grad():
+        packed = VLM(model)(batch)
+    real = batch.inputs["attention_mask"].bool()
+    torch.testing.assert_close(packed.sequence[real], padded.sequence[real], atol=1e-4, rtol=1e-4)
+    assert not packed.sequence[~real].any()
+    for name_of in ("targets", "kinds", "row", "weights"):
+        assert torch.equal(getattr(packed, name_of), getattr(padded, name_of))
+    set_training_mode(model)
+    if name == "embedded":
+        model.model.vision_tower.eval()
+    off = loss_and_gradients(model, [batch])
+    checkpoint_activations(model)
+    on = loss_and_gradients(model, [batch])
+    assert on[0] == off[0] and all(torch.equal(on[1][n], off[1][n]) for n in off[1])
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_samples_do_not_see_each_other(name, model_folder, encoded):
+    """Other words in one sample change no bit of the states of the others; text alone and equal lengths too."""
+    encoder, samples = encoded(name)
+    model = prepared(model_folder(name))
+    use_packed_attention(model)
+    assert is_packing(model)
+    text = next(sample for sample in samples if not sample.pixels)
+    for chosen in (samples[:4], [samples[0], samples[0]], [text, text, text]):
+        (batch,) = micro_batches(encoder, chosen, len(chosen))
+        with torch.no_grad():
+            before = VLM(model)(batch).sequence
+            changed = batch.inputs["input_ids"].clone()
+            changed[0, -1 if len(chosen) == 1 else int(batch.inputs["attention_mask"][0].sum()) - 1] = 5
+            after = VLM(model)(batch, read=changed).sequence
+        assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
+
+
+EXCHANGED = {
+    "qwen2_5_vl": {"FusedNorm", "FusedGate", "FusedPatches"}, "qwen3_vl": {"FusedNorm", "FusedGate", "FusedPatches"},
+    "smolvlm": {"FusedNorm", "FusedGate"}, "llava": {"FusedNorm", "FusedGate"}, "internvl": {"FusedNorm", "FusedGate"},
+    "embedded": {"FusedNorm", "FusedGate"}, "gemma3": set(), "paligemma": set(),
+}  # fmt: skip
+"""Gemma's norms and feed-forward parts follow other formulas."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rules", [full_rules, lora_rules], ids=["full", "lora"])
+def test_fused_equals_own(name, rules, model_folder, encoded):
+    """The same loss and gradients in fewer passes, in float32 and under autocast; undone, the same bits as before."""
+    encoder, samples = encoded(name)
+    model = prepared(model_folder(name), rules)
+    generator = torch.Generator().manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:  # at zero, A would have no gradient and the product no effect
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    batches = micro_batches(encoder, samples, 4)
+    own_loss, own = loss_and_gradients(model, batches)
+    classes = {module: type(module) for module in model.modules()}
+    count = use_fused(model)
+    mixed = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    adapted = sum(type(module) is FusedLora for module in model.modules())
+    if name in EXCHANGED:
+        assert {part for part in mixed if part in ("FusedNorm", "FusedGate", "FusedPatches")} == EXCHANGED[name]
+    assert (adapted > 0) == (rules is lora_rules) and count == sum(
+        type(module) is not classes[module] for module in model.modules()
+    )
+    loss, gradients = loss_and_gradients(model, batches)
+    assert loss == pytest.approx(own_loss, rel=LOSS)
+    assert set(gradients) == set(own) and gradient_gap(own, gradients) < GRADIENT
+    with own_forward(model):
+        assert all(type(module) is kept for module, kept in classes.items())
+    assert any(type(module) is not kept for module, kept in classes.items()) == (count > 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half_loss, half = loss_and_gradients(model, batches)
+    use_stock(model)
+    assert all(type(module) is kept for module, kept in classes.items())
+    again_loss, again = loss_and_gradients(model, batches)
+    assert again_loss == own_loss and all(torch.equal(again[n], own[n]) for n in own)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs_loss, theirs = loss_and_gradients(model, batches)
+    # products in bfloat16 (epsilon 4e-3) through 4 to 6 layers, rounded at other places
+    assert half_loss == pytest.approx(theirs_loss, rel=1e-2)
+    assert gradient_gap(theirs, half) < 0.1
+
+
+def test_plain_use_of_a_packing_model_is_unchanged(model_folder, encoded):
+    """Padded forwards and generation, as evaluation and other libraries run them."""
+    encoder, samples = encoded("llava")
+    model = prepared(model_folder("llava"))
+    (batch,) = micro_batches(encoder, samples, len(samples))
+    with torch.no_grad():
+        before = model(**batch.inputs, use_cache=False).logits
+        said = model.generate(**micro_batches(encoder, samples[:1], 1)[0].inputs, max_new_tokens=4, do_sample=False)
+        use_packed_attention(model)
+        assert torch.equal(model(**batch.inputs, use_cache=False).logits, before)
+        again = model.generate(**micro_batches(encoder, samples[:1], 1)[0].inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(said, again)
 
 
 @pytest.mark.parametrize("name", NAMES)

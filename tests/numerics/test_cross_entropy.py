@@ -184,7 +184,7 @@ def test_huge_logits_stay_finite(trainable):
 def test_never_holds_more_logits_than_a_chunk(trainable, monkeypatch):
     seen: list[int] = []
     logits = language._logits
-    monkeypatch.setattr(language, "_logits", lambda h, w, b: seen.append(len(h)) or logits(h, w, b))
+    monkeypatch.setattr(language, "_logits", lambda h, *others: seen.append(len(h)) or logits(h, *others))
     hidden, head, targets, upstream = problem(23, 8, 31, bias=False)
     head.requires_grad_(trainable)
     outcome(token_cross_entropy(hidden, head, targets, 5), upstream, hidden)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmtune.adapt.fused import use_fused
 from vlmtune.adapt.ledger import Ledger, Peak
 from vlmtune.adapt.plan import Plan, Policy, apply_plan, assign_rules
 from vlmtune.adapt.prediction import FIRST_UPDATE, LATER_UPDATE, Prediction, StepSettings
 from vlmtune.adapt.stored import StoredLinear, quantise_base_weights
 from vlmtune.losses.objective import Objective, StepWeights
 from vlmtune.models.anatomy import HEADS, anatomy_of, canonical_parameters
+from vlmtune.models.packing import use_packed_attention
 from vlmtune.models.synthetic import build_without_data, depths, image_tokens
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import NewTokens
@@ -75,6 +77,10 @@ def _count(config: Any, rules: Rules, batch: Batch, settings: StepSettings, new_
         model = build_without_data(config)
         numbers = sum(parameter.numel() for parameter in model.parameters())
         plan = _planned(model, rules, settings, new_tokens)
+        if settings.fused:
+            use_fused(model, check=False)
+        if settings.packing:
+            use_packed_attention(model)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
         set_training_mode(model)

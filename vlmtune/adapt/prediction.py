@@ -20,7 +20,8 @@ GPU: what torch.cuda.max_memory_allocated reports has none of it; context and fr
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step runs, and where. micro_batches: of one optimizer step; double: double quantisation of NF4 scales."""
+    """How a step runs, and where. micro_batches: of one optimizer step; double: double quantisation of NF4 scales;
+    packing: whether padding is taken out (`models.packing`); fused: whether modules are exchanged (`adapt.fused`)."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
@@ -28,6 +29,8 @@ class StepSettings:
     double: bool = True
     micro_batches: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    packing: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,18 @@ class Optim(Strict):
 class Train(Strict):
     length: RunLength = Field("1 epochs", description="steps, epochs or samples")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
-    micro_batch_size: int = Field(8, ge=1, description="samples per forward")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples per forward (default: 8, or as many as micro_batch_tokens holds)"
+    )
+    micro_batch_tokens: int | None = Field(
+        None, ge=8, description="tokens per forward at most, padding included where there is any"
+    )
+    packing: Literal["auto"] | bool = Field(
+        "auto", description="samples of a forward in one row without padding; auto: where the model's family can"
+    )
+    fused: bool = Field(
+        True, description="modules that compute the same in fewer passes over memory, where there are any"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 where the hardware has it, else fp32"
     )
@@ -51,11 +62,18 @@ class Train(Strict):
 
     @model_validator(mode="after")
     def _divides(self) -> Train:
-        if self.batch_size % self.micro_batch_size:
+        if self.micro_batch_tokens is None and self.batch_size % self.samples_per_forward:
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.samples_per_forward}"
             )
         return self
+
+    @property
+    def samples_per_forward(self) -> int:
+        """At most."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        return min(self.batch_size, 8) if self.micro_batch_tokens is None else self.batch_size
 
 
 class Stability(Strict):

@@ -32,6 +32,16 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def _a_sample_fits_into_a_forward(self) -> Config:
+        tokens, longest = self.train.micro_batch_tokens, self.data.max_length
+        if tokens is not None and longest is not None and longest > tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens is {tokens}, but one sample may have {longest} (data.max_length); raise it, "
+                "or lower data.max_length"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stretches_peak_at_lr(self) -> Config:
         for place, schedule, lr in [
             ("optim", self.optim.schedule, self.optim.lr),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +16,31 @@ from vlmtune.interrupt import leave_signals_to_parent
 from vlmtune.types import Batch, VlmtuneError
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a forward holds: `samples` at most and, if given, `tokens` at most; has_padding: whether that counts too."""
+
+    samples: int
+    tokens: int | None = None
+    has_padding: bool = True
+
+    def __str__(self) -> str:
+        tokens = "" if self.tokens is None else f", {self.tokens:,} tokens"
+        padding = "padding included" if self.has_padding else "no padding"
+        return f"a forward: at most {self.samples} samples{tokens}, {padding}"
+
+    def split(self, lengths: Sequence[int]) -> list[slice]:
+        """Neighbours that run together. lengths: tokens of each sample, in ascending order; one that is longer than
+        `tokens` runs alone."""
+        starts = [0]
+        for n, length in enumerate(lengths):
+            count = n - starts[-1]
+            tokens = (count + 1) * length if self.has_padding else sum(lengths[starts[-1] : n + 1])
+            if count == self.samples or (count and self.tokens is not None and tokens > self.tokens):
+                starts.append(n)
+        return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+
 class Steps(Dataset):
     """`steps[n]` is the list of micro-batches of optimizer step n; it depends on nothing but n."""
 
@@ -24,10 +50,10 @@ class Steps(Dataset):
         order: Order,
         encoder: Encoder,
         batch_size: int,
-        micro_batch_size: int,
+        room: Room,
     ):
         self.sources, self.order, self.encoder = sources, order, encoder
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.batch_size, self.room = batch_size, room
 
     def __len__(self) -> int:
         return len(self.order) // self.batch_size
@@ -43,10 +69,8 @@ class Steps(Dataset):
             return error  # a worker would wrap it in a traceback; the loader raises it in the main process
         # like lengths share a micro-batch: less padding, same gradient, since a step sums over all of its samples
         encoded.sort(key=lambda sample: len(sample.ids))
-        return [
-            collate(encoded[i : i + self.micro_batch_size], self.encoder.pad_token_id)
-            for i in range(0, self.batch_size, self.micro_batch_size)
-        ]
+        together = self.room.split([len(sample) for sample in encoded])
+        return [collate(encoded[part], self.encoder.pad_token_id) for part in together]
 
 
 def start_worker(worker: int) -> None:

@@ -5,6 +5,8 @@ Shapes: N supervised tokens of a micro-batch, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,19 +23,21 @@ class _FrozenHead(torch.autograd.Function):
     """Frozen weight: d loss / d hidden = (softmax - onehot) · W is kept from the forward; the backward only scales it.
 
     This is exact because each row's gradient is its upstream gradient (a number) times a vector known in the forward.
+    The softmax is not divided by its sum: the much smaller product is.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
         losses = torch.empty(len(targets), dtype=_wide(weight), device=hidden.device)
         directions = torch.empty_like(hidden)
+        scratch = _scratch(hidden, weight, min(rows, len(targets)))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight, bias)
-            normaliser = logits.logsumexp(dim=1)
-            losses[part] = _nll(logits, targets[part], normaliser)
-            d_logits = _minus_onehot(logits, targets[part], normaliser)
-            directions[part] = (d_logits.to(weight.dtype) @ weight).to(hidden.dtype)
+            logits = _logits(hidden[part], weight, bias, scratch)
+            losses[part], exponentials, total = _nll_and_exponentials(logits, targets[part])
+            exponentials[torch.arange(len(logits), device=logits.device), targets[part]] -= total
+            scaled = (exponentials.to(weight.dtype) @ weight).to(losses.dtype)
+            directions[part] = scaled.div_(total.unsqueeze(1)).to(hidden.dtype)
         ctx.save_for_backward(directions)
         return losses
 
@@ -50,11 +54,13 @@ class _TrainableHead(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
         losses = torch.empty(len(targets), dtype=_wide(weight), device=hidden.device)
         normalisers = torch.empty_like(losses)
+        scratch = _scratch(hidden, weight, min(rows, len(targets)))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight, bias)
-            normalisers[part] = logits.logsumexp(dim=1)
-            losses[part] = _nll(logits, targets[part], normalisers[part])
+            logits = _logits(hidden[part], weight, bias, scratch)
+            chosen = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1)
+            losses[part] = _nll_and_exponentials(logits, targets[part])[0]
+            normalisers[part] = losses[part] + chosen
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.rows = rows
         return losses
@@ -65,9 +71,10 @@ class _TrainableHead(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=_wide(weight))
         d_bias = torch.zeros_like(bias, dtype=_wide(weight)) if bias is not None else None
+        scratch = _scratch(hidden, weight, min(ctx.rows, len(targets)))
         for start in range(0, len(targets), ctx.rows):
             part = slice(start, start + ctx.rows)
-            d_logits = _minus_onehot(_logits(hidden[part], weight, bias), targets[part], normalisers[part])
+            d_logits = _minus_onehot(_logits(hidden[part], weight, bias, scratch), targets[part], normalisers[part])
             d_logits *= upstream[part].unsqueeze(1)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -80,10 +87,37 @@ class _TrainableHead(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype) if bias is not None else None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """float32[n, V] (float64 for a float64 weight); the product runs in the weight's dtype."""
-    logits = (hidden.to(weight.dtype) @ weight.T).to(_wide(weight))
-    return logits if bias is None else logits + bias.to(logits.dtype)
+_kept: dict[tuple[int, torch.dtype], Tensor] = {}
+"""Of each thread and dtype: memory for logits on a CPU, where a fresh 64 MiB costs as much as a pass over them."""
+
+
+def _scratch(hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Uninitialised [rows, V] in the dtype of logits."""
+    shape, dtype = (rows, weight.shape[0]), _wide(weight)
+    if type(hidden) is not Tensor or hidden.device.type != "cpu":  # allocators of GPUs keep it; others only count
+        return torch.empty(shape, dtype=dtype, device=hidden.device)
+    key, size = (threading.get_ident(), dtype), rows * weight.shape[0]
+    if key not in _kept or _kept[key].numel() < size:
+        _kept[key] = torch.empty(size, dtype=dtype)
+    return _kept[key][:size].view(shape)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
+    """float32[n, V] (float64 for a float64 weight), in `scratch`; the product runs in the weight's dtype."""
+    logits = scratch[: len(hidden)]
+    if weight.dtype == logits.dtype:
+        torch.mm(hidden.to(weight.dtype), weight.T, out=logits)
+    else:
+        logits.copy_(hidden.to(weight.dtype) @ weight.T)
+    return logits if bias is None else logits.add_(bias.to(logits.dtype))
+
+
+def _nll_and_exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-log softmax at the targets float[n]; exp(logits - largest) float[n, V], over `logits`; its sums float[n]."""
+    logits -= logits.amax(dim=1, keepdim=True)
+    chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+    total = logits.exp_().sum(dim=1)
+    return total.log() - chosen, logits, total
 
 
 def _wide(weight: Tensor) -> torch.dtype:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmtune.models.batchnorm import keeps_statistics
+from vlmtune.models.packing import PackedRow, is_packing, pack, packed_forward
 from vlmtune.models.trunk import CachedVision
 from vlmtune.types import Batch, VlmtuneError, supervised_mask, token_weights
 
@@ -18,8 +20,8 @@ class Supervised:
     """The positions of a micro-batch that carry loss (N of them, in row-major order).
 
     hidden float[N, D]: the state that predicts the token; targets int64[N]: the token; kinds int8[N]; row int64[N]:
-    which sample of the micro-batch it belongs to; weights float32[N]: above 0; sequence float[B, T, D]: all states, for
-    read-outs.
+    which sample of the micro-batch it belongs to; weights float32[N]: above 0; states: all of them, as the model gave
+    them; packed: how they lie, where padding was taken out.
     """
 
     hidden: Tensor
@@ -27,7 +29,13 @@ class Supervised:
     kinds: Tensor
     row: Tensor
     weights: Tensor
-    sequence: Tensor | None = None
+    states: Tensor | None = None
+    packed: PackedRow | None = None
+
+    @property
+    def sequence(self) -> Tensor:
+        """float[B, T, D]: all states, for read-outs."""
+        return self.states if self.packed is None else self.packed.padded(self.states)
 
 
 class VLM(nn.Module):
@@ -59,18 +67,26 @@ class VLM(nn.Module):
         inputs = batch.inputs if read is None else batch.inputs | {"input_ids": read}
         if batch.images:
             inputs = inputs | self.vision.inputs(batch.images)
-        states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        packed = pack(self.model, inputs) if is_packing(self.model) else None
+        states = self._body(inputs, packed)
         kinds = batch.kinds[:, 1:]
         weights = supervised_mask(kinds).float() if kind_weights is None else token_weights(kinds, kind_weights)
         rows, at = (weights > 0).nonzero(as_tuple=True)  # on a GPU the host waits here, once
         return Supervised(
-            hidden=states[rows, at],
+            hidden=states[rows, at] if packed is None else states[0, packed.positions()[rows, at]],
             targets=batch.inputs["input_ids"][rows, at + 1],
             kinds=kinds[rows, at],
             row=rows,
             weights=weights[rows, at],
-            sequence=states,
+            states=states,
+            packed=packed,
         )
+
+    def _body(self, inputs: dict[str, Any], packed: PackedRow | None) -> Tensor:
+        if packed is None:
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        with packed_forward():
+            return self.model.base_model(**packed.inputs, use_cache=False).last_hidden_state
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
