@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from vlmtune.adapt.fused import own_forward
 from vlmtune.adapt.memory import PeakMeter
 from vlmtune.adapt.plan import assign_rules
 from vlmtune.build import (
@@ -326,9 +327,9 @@ def _existing(folder: Path) -> Path:
 
 @torch.inference_mode()
 def _logits(model: torch.nn.Module, batch: Batch, precision: Precision) -> torch.Tensor:
-    """float32[B, T, V] on the CPU, of tokens that are no padding; in eval mode."""
+    """float32[B, T, V] on the CPU, of tokens that are no padding; in eval mode, as transformers computes them."""
     model.eval()
     inputs = batch.to(model.device).inputs
-    with autocast(precision, model.device):
+    with own_forward(model), autocast(precision, model.device):
         logits = model(**inputs, use_cache=False).logits
     return logits[inputs["attention_mask"].bool()].float().cpu()

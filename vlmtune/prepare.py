@@ -124,15 +124,17 @@ def prepare(
     for line in apply_formats(model, plan, config):
         console.print(line, highlight=False, markup=False)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)
-    fast = start_fast(model, plan, config.train.fused, config.train.packing, first_micro_batches(steps)[-1], precision)
+    batches = first_micro_batches(steps)
+    findings = check_start(model, plan, encoder, batches[0], precision) if check else []
+    findings += start_fast(model, plan, config.train.fused, config.train.packing, batches[-1], precision, check)
     if is_packing(model):
         steps.room = replace(steps.room, has_padding=False)
     batches = first_micro_batches(steps)
     predictions = predict_phases(config, settings, model, batches, base.new_tokens, device)
-    made = Prepared(model, encoder, sources, groups, fitted, steps, settings, plan, objective, [], [], predictions)
-    made.findings.extend(fast)
+    made = Prepared(
+        model, encoder, sources, groups, fitted, steps, settings, plan, objective, findings, [], predictions
+    )
     if check:
-        made.findings.extend(check_start(model, plan, encoder, batches[0], precision))
         if config.data.vision_cache is not None:
             made.findings.append(halves_finding(model, encoder, _with_images(made), precision))
             require_no_failure(made.findings, "start")

@@ -118,12 +118,28 @@ def halves_finding(
 
 
 def start_fast(
-    model: torch.nn.Module, plan: Plan, fused: bool, packing: bool | Literal["auto"], batch: Batch, precision: Precision
+    model: torch.nn.Module,
+    plan: Plan,
+    fused: bool,
+    packing: bool | Literal["auto"],
+    batch: Batch,
+    precision: Precision,
+    check: bool = True,
 ) -> list[Finding]:
     """Have the model compute the same with less work, as far as it is wanted and gives the same states on this batch.
 
-    Raises VlmtuneError where packing is wanted and cannot be.
+    check: compare states; False: nothing is run, nothing found. Raises VlmtuneError where packing is wanted and cannot
+    be.
     """
+    refusal = _packing_refusal(model, plan)
+    if not check:
+        if fused:
+            use_fused(model)
+        if packing and refusal is None:
+            use_packed_attention(model)
+        elif packing:
+            _padding_stays(packing, Finding("pass", "padding stays", refusal))
+        return []
     batch, vlm = batch.to(model.device), VLM(model)
     real = batch.inputs["attention_mask"].bool()
 
@@ -134,7 +150,7 @@ def start_fast(
     def gap() -> float:
         return float((states() - own).abs().max() / own.abs().max())
 
-    findings, refusal = [], _packing_refusal(model, plan)
+    findings: list[Finding] = []
     own = states() if fused or (packing and refusal is None) else None
     if fused and (count := use_fused(model)):
         what, found = "modules with fewer passes give the model's own states", gap()

@@ -38,9 +38,9 @@ WAYS = {
 
 @pytest.fixture
 def trained(vlmtune, write_config, rows):
-    def run(name: str, **train) -> tuple[Path, str]:
+    def run(name: str, plan: list[dict] = PLAN, **train) -> tuple[Path, str]:
         data = {"train": [{"path": str(rows)}], "workers": 0, "max_length": 128}
-        config = write_config(name, 5, data=data, plan=PLAN, optim=OPTIM, train=TRAIN | train)
+        config = write_config(name, 5, data=data, plan=plan, optim=OPTIM, train=TRAIN | train)
         code, out, err = vlmtune("train", config)
         assert code == 0, err
         return config.with_suffix(""), out

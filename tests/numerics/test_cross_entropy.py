@@ -196,3 +196,14 @@ def test_chunk_rows_bound_the_logits():
     for vocabulary in (1, 640, 49_152, 262_144, 10**9):
         rows = chunk_rows(vocabulary)
         assert rows == 1 or rows * vocabulary * 4 <= language.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_training_after_an_evaluation(trainable):
+    """Memory for logits is kept between calls, and an evaluation (in inference mode) may be the first."""
+    hidden, head, targets, upstream = problem(300, 8, 977, bias=False)  # larger than any other problem here
+    head.requires_grad_(trainable)
+    with torch.inference_mode():
+        token_cross_entropy(hidden, head, targets)
+    ours = outcome(token_cross_entropy(hidden, head, targets), upstream, hidden)
+    assert_agree(ours, outcome(plain(hidden, head, targets), upstream, hidden), 1e-5)

@@ -98,7 +98,8 @@ def _scratch(hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
     key, size = (threading.get_ident(), dtype), rows * weight.shape[0]
     if key not in _kept or _kept[key].numel() < size:
-        _kept[key] = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # an evaluation may come first, and training uses it afterwards
+            _kept[key] = torch.empty(size, dtype=dtype)
     return _kept[key][:size].view(shape)
 
 

@@ -151,8 +151,14 @@ def _is_same(module: nn.Module, mixin: type) -> bool:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, width, generator=generator).to(weight.device, weight.dtype)
     modes = {part: part.training for part in module.modules()}
-    own = module.eval()(rows)
-    theirs = _subclass(mixin, type(module)).forward(module, rows)
+    formats = {parameter.dtype for parameter in module.parameters()}
+    original = type(module)
+    # adapters in float32 over a base in bfloat16 are only ever multiplied under autocast
+    with torch.autocast(weight.device.type, torch.bfloat16, enabled=len(formats) > 1):
+        own = module.eval()(rows)
+        module.__class__ = _subclass(mixin, original)
+        theirs = module(rows)
+        module.__class__ = original
     for part, is_training in modes.items():
         part.training = is_training
     return own.shape == theirs.shape and bool((own - theirs).abs().max() <= SAME[own.dtype] * own.abs().max())
