@@ -65,6 +65,7 @@ def test_every_way_is_the_same_training(trained):
             assert PACKED_ATTENTION not in file.read_text()
 
 
+@pytest.mark.slow
 def test_a_packed_run_resumes_to_the_last_bit(trained):
     whole, _ = trained("whole", micro_batch_tokens=128)
     part, _ = trained("part", micro_batch_tokens=128)

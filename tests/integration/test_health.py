@@ -52,6 +52,7 @@ def test_a_healthy_run_is_silent_and_a_leak_is_named(findings_of):
     assert 3.0 < float(found["evidence"].split(" MiB a step")[0].split()[-1]) < 6.0
 
 
+@pytest.mark.slow
 def test_late_data_is_named(findings_of, tmp_path, monkeypatch):
     """Photographs of four megapixels for a model that sees 64x48 of them, and nobody who decodes ahead; as if the run
     were long."""

@@ -40,6 +40,7 @@ def test_the_answer_as_json(model, vlmtune):
     assert [option["chosen"] for option in answer["options"]].count(True) == 1
 
 
+@pytest.mark.slow
 def test_a_published_model_by_name(vlmtune):
     code, out, err = vlmtune("plan", "SmolVLM-256M", "--memory", "24GB", "--goal", "memory", "--json")
     answer = json.loads(out)

@@ -81,6 +81,7 @@ def killed(path: Path, prepare) -> None:
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it came past the place of the kill"
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(chain, tmp_path):
     """kill -9 at a seeded step inside each stage, in its last lines and in each export: the same results to the bit."""
     run_quietly(chain("whole"))
@@ -195,6 +196,7 @@ def test_a_run_folder_may_be_written_with_a_slash(chain, tmp_path, vlmtune):
     assert code == 0 and out.count("is finished") == 3, err
 
 
+@pytest.mark.slow
 def test_another_chain_in_the_folder_is_refused(chain, tmp_path, vlmtune):
     path = chain("same")
     assert vlmtune("train", path)[0] == 0

@@ -207,6 +207,7 @@ def test_a_wrong_option_or_file_is_one_sentence_and_changes_nothing(learned, tmp
     assert code == 1 and "config.yaml is missing" in err
 
 
+@pytest.mark.slow
 def test_a_damaged_export_fails_in_its_own_process(learned, tmp_path, vlmtune):
     run = learned(4, {"new": blue(6)})
     assert vlmtune("export", run, tmp_path / "exported")[0] == 0

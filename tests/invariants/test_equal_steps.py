@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sizes_of_tests import by_default
 from training_setup import full_rules, gradient_gap, lora_rules, loss_and_gradients, micro_batches
 
 from vlmtune.adapt.fused import FusedLora, own_forward, use_fused, use_stock
@@ -103,7 +104,7 @@ def test_packed_equals_padded(name, model_folder, encoded):
     assert on[0] == off[0] and all(torch.equal(on[1][n], off[1][n]) for n in off[1])
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", by_default({"qwen2_5_vl", "smolvlm"}, PACKED))
 def test_packed_samples_do_not_see_each_other(name, model_folder, encoded):
     """Other words in one sample change no bit of the states of the others; text alone and equal lengths too."""
     encoder, samples = encoded(name)
@@ -129,8 +130,12 @@ EXCHANGED = {
 """Gemma's norms and feed-forward parts follow other formulas."""
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("rules", [full_rules, lora_rules], ids=["full", "lora"])
+FUSED = [(name, rules) for name in NAMES for rules in (full_rules, lora_rules)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rules"), by_default({("qwen2_5_vl", lora_rules), ("llava", full_rules), ("gemma3", lora_rules)}, FUSED)
+)
 def test_fused_equals_own(name, rules, model_folder, encoded):
     """The same loss and gradients in fewer passes, in float32 and under autocast; undone, the same bits as before."""
     encoder, samples = encoded(name)
