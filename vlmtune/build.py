@@ -373,12 +373,10 @@ def build_steps(
     weights: Sequence[Piecewise],
     encoder: Encoder,
     steps: int,
-    has_padding: bool = True,
 ) -> Steps:
-    """has_padding: whether the samples of a forward are padded to one length."""
     order = build_order(config, sources, weights, steps)
     wish = config.train
-    room = Room(wish.samples_per_forward, wish.micro_batch_tokens, has_padding)
+    room = Room(wish.samples_per_forward, wish.micro_batch_tokens)
     return Steps(sources, order, encoder, wish.batch_size, room)
 
 

@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +33,7 @@ from vlmtune.models.anatomy import canonical_parameters
 from vlmtune.models.packing import is_packing, packing_refusal, use_packed_attention, use_padding
 from vlmtune.models.quantise import stored_bytes
 from vlmtune.models.trunk import CachedVision
-from vlmtune.models.vlm import VLM
+from vlmtune.models.vlm import VLM, evaluating
 from vlmtune.models.vocabulary import NewTokens
 from vlmtune.observer import Observer
 from vlmtune.optim.precision import SAME_LOSS, Precision, autocast
@@ -187,18 +186,6 @@ def _padding_stays(wish: bool | Literal["auto"], finding: Finding) -> Finding:
     if wish == "auto":
         return finding
     raise VlmtuneError(f"train.packing: {finding.evidence}; set it to auto or false.")
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Everything in eval mode within, and as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in modes.items():
-            module.training = is_training
 
 
 def require_no_failure(findings: Sequence[Finding], where: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlmtune.adapt.methods import is_linear
 from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, unreachable_parameters
-from vlmtune.models.vlm import VLM
+from vlmtune.models.vlm import VLM, evaluating
 from vlmtune.types import Batch, VlmtuneError
 
 BLOCK = 2**22
@@ -237,20 +237,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             )
     packs = [getattr(module, _PACKS) for module in packing]
     asks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter, _ in asks if parameter.device.type == "cuda"}
     try:
-        model.eval()
         for parameter, _ in asks:
             parameter.requires_grad_(False)
         for module in packing:
             setattr(module, _PACKS, False)
-        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.enable_grad():
+        with evaluating(model), torch.random.fork_rng(devices=sorted(devices, key=str)), torch.enable_grad():
             yield
     finally:
         for module, flag in zip(packing, packs, strict=True):
             setattr(module, _PACKS, flag)
         for parameter, flag in asks:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from vlmtune.models.vlm import evaluating
+
 SAME = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative to the largest value: a few roundings of each format (epsilon 6e-8, 1e-16, 4e-3, 5e-4)."""
 
@@ -150,15 +152,12 @@ def _is_same(module: nn.Module, mixin: type) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, width, generator=generator).to(weight.device, weight.dtype)
-    modes = {part: part.training for part in module.modules()}
     formats = {parameter.dtype for parameter in module.parameters()}
     original = type(module)
     # adapters in float32 over a base in bfloat16 are only ever multiplied under autocast
-    with torch.autocast(weight.device.type, torch.bfloat16, enabled=len(formats) > 1):
-        own = module.eval()(rows)
+    with evaluating(module), torch.autocast(weight.device.type, torch.bfloat16, enabled=len(formats) > 1):
+        own = module(rows)
         module.__class__ = _subclass(mixin, original)
         theirs = module(rows)
         module.__class__ = original
-    for part, is_training in modes.items():
-        part.training = is_training
     return own.shape == theirs.shape and bool((own - theirs).abs().max() <= SAME[own.dtype] * own.abs().max())

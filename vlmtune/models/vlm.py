@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +99,18 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Everything in eval mode within, and as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
 
 
 def set_training_mode(model: nn.Module) -> None:
