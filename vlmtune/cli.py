@@ -19,6 +19,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # panels around the help would double the time it takes
+    context_settings={"terminal_width": 120 if not sys.stdout.isatty() else None, "max_content_width": 120},
     help="Supervised fine-tuning of vision-language models that shows its evidence.",
 )
 # a log file has no width of its own; tables need about 110 columns

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +25,17 @@ _READ_BACK = ("aten::linspace", "aten::scalar_tensor")
 """Floats that models read back while they are built (drop-path rates): they stay real, and are tiny."""
 
 _CONDITIONS = ("aten::where", "aten::masked_fill", "aten::masked_fill_")
+
+_VIEWS = {
+    torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor,
+    torch.ops.aten.unsqueeze.default, torch.ops.aten.expand.default, torch.ops.aten.select.int,
+}  # fmt: skip
+"""Most calls of a step, all on one tensor and with kernels that know of tensors without data."""
+
+_FILLS = {torch.ops.aten.uniform_.default, torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar}
+
+_CPU = torch.device("cpu")
 
 _LARGE = 2**20  # numbers in a real float tensor (pixels) from which on a selection of it has no data
 
@@ -57,6 +68,7 @@ class Ledger(TorchDispatchMode):
         self.total = 0
         self.peaks: dict[str, Peak] = {}
         self._books: dict[int, tuple[weakref.ref, str, int]] = {}
+        self._made: dict[Any, _Made] = {}
 
     def move(self, tensors: Iterable[Tensor], item: str) -> None:
         """Book what is alive under another item."""
@@ -103,7 +115,9 @@ class Ledger(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         has_fake = any(isinstance(leaf, FakeTensor) for leaf in inputs)
         picks = func is torch.ops.aten.index.Tensor and inputs[0].is_floating_point() and inputs[0].numel() > _LARGE
-        if has_fake:
+        if has_fake and all(isinstance(leaf, FakeTensor) for leaf in inputs):
+            result = self._of_stand_ins(func, args, kwargs)
+        elif has_fake:
             result = self._without_data(func, args, kwargs)
         elif picks or (not inputs and not _is_read_back(func, args)):
             result = self._without_data(func, args, kwargs, only_floats=True)
@@ -128,6 +142,34 @@ class Ledger(TorchDispatchMode):
         common = reduce(torch.promote_types, dtypes)
         return sum(_numbers(value) * common.itemsize for value in inputs if value.dtype != common)
 
+    def _of_stand_ins(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """`_without_data` where every tensor is a FakeTensor, with a few shortcuts: torch's own way of finding out what
+        comes out of an operation takes ten times as long as remembering it."""
+        if func in _VIEWS and not kwargs:
+            with in_kernel_invocation_manager(self.fake):
+                result = func(*args)
+            return FakeTensor(self.fake, result, _CPU)
+        if func in _FILLS:
+            return args[0]
+        if func._schema.is_mutable:
+            if func._schema.name.startswith("aten::_foreach_") and not func._schema.returns:
+                return None  # in place: nothing new
+            return self._without_data(func, args, kwargs)
+        key = (func, *_described((args, kwargs)))
+        made = self._made.get(key)
+        if made is None:
+            result = self._without_data(func, args, kwargs)
+            self._made[key] = _made(result, args, kwargs)
+            return result
+        if made is _ALIKE:
+            return self._without_data(func, args, kwargs)
+        with in_kernel_invocation_manager(self.fake):
+            tensors = [
+                torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in made.results
+            ]
+        tensors = [FakeTensor(self.fake, tensor, _CPU) for tensor in tensors]
+        return tensors[0] if made.kind is Tensor else made.kind(tensors)
+
     def _without_data(self, func: Any, args: tuple, kwargs: dict, only_floats: bool = False) -> Any:
         """only_floats: run it for real if what comes out are integers or bools."""
         stand_in = args
@@ -151,6 +193,39 @@ class Ledger(TorchDispatchMode):
             with self.fake:
                 places += [torch.empty(count, dtype=torch.int64) for _ in range(index.dim())]
         return places
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What an operation made of such inputs: a tensor, or a tuple or list of them. results: shape, stride, dtype."""
+
+    kind: type
+    results: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+
+
+_ALIKE = _Made(Tensor, ())
+"""In place of a `_Made`: this operation has to be asked every time."""
+
+
+def _made(result: Any, args: tuple, kwargs: dict) -> _Made:
+    leaves = [result] if isinstance(result, Tensor) else result if isinstance(result, list | tuple) else []
+    own = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    is_new = all(isinstance(leaf, FakeTensor) and id(leaf.untyped_storage()) not in own for leaf in leaves)
+    if not leaves or not is_new:
+        return _ALIKE
+    kind = Tensor if isinstance(result, Tensor) else type(result)
+    return _Made(kind, tuple((leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves))
+
+
+def _described(values: Any) -> Iterator[Any]:
+    """Of arguments of an operation what decides the shapes that it makes; hashable."""
+    for value in values.items() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor):
+            yield value.shape, value.stride(), value.dtype
+        elif isinstance(value, list | tuple | dict):
+            yield type(value), tuple(_described(value))
+        else:
+            yield type(value), value
 
 
 def _is_read_back(func: Any, args: tuple) -> bool:

@@ -12,6 +12,7 @@ from sizes_of_tests import by_default
 from training_setup import encode_all, encoder_of, micro_batches, write_data
 from transformers import AutoConfig
 
+from vlmtune.adapt import counted_step
 from vlmtune.adapt.ledger import Ledger
 from vlmtune.adapt.memory import predict, predict_step
 from vlmtune.adapt.plan import Policy, apply_plan
@@ -197,6 +198,21 @@ def test_the_ledger_strikes_off_what_dies():
         whole = torch.arange(6)
         assert whole.tolist() == [0, 1, 2, 3, 4, 5]  # integers are real
         assert view[torch.tensor([True, False, True] + [False] * 987)].shape == (2,)
+
+
+@pytest.mark.parametrize("family", by_default(("qwen2_5_vl", "llava"), FAMILIES))
+@pytest.mark.parametrize("method", METHODS)
+def test_remembered_operations_are_those_that_torch_would_make(family, method, tiny_folder, monkeypatch):
+    """The ledger's shortcuts change no byte at any place."""
+    model = load_model(str(tiny_folder(family)))
+    batch = synthetic_batch(model.config, SHAPE)
+    settings = StepSettings(precision="bf16", gradient_checkpointing=True, fused=True)
+    found = []
+    for way in (Ledger._of_stand_ins, Ledger._without_data):
+        monkeypatch.setattr(Ledger, "_of_stand_ins", way)
+        monkeypatch.setattr(counted_step, "_counted", {})
+        found.append(predict_step(model.config, rules_of(model, method), batch, settings))
+    assert found[0] == found[1] and found[0].total > 0
 
 
 def test_mixed_dtypes_are_converted_on_a_cpu_alone():
