@@ -35,6 +35,7 @@ from vlmtune.data.loader import Steps
 from vlmtune.data.sources import SampleSource
 from vlmtune.data.survey import longest_rows
 from vlmtune.evaluate.evaluation import require_chosen
+from vlmtune.fast_start import start_fast
 from vlmtune.losses.objective import Objective
 from vlmtune.models.packing import is_packing
 from vlmtune.models.quantise import place
@@ -53,7 +54,6 @@ from vlmtune.start import (
     memory_finding,
     predict_phases,
     require_no_failure,
-    start_fast,
 )
 from vlmtune.trainer import Settings
 from vlmtune.types import Batch, Encoded, Finding, Sample

@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from vlmtune.adapt.fused import use_fused, use_stock
+from vlmtune.adapt.fused import is_fused
 from vlmtune.adapt.memory import PeakMeter, predict_step
 from vlmtune.adapt.plan import Plan, Policy
 from vlmtune.adapt.prediction import Prediction, StepSettings
@@ -30,7 +30,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.feature_store import FeatureStore
 from vlmtune.data.loader import Steps
 from vlmtune.models.anatomy import canonical_parameters
-from vlmtune.models.packing import is_packing, packing_refusal, use_packed_attention, use_padding
+from vlmtune.models.packing import is_packing
 from vlmtune.models.quantise import stored_bytes
 from vlmtune.models.trunk import CachedVision
 from vlmtune.models.vlm import VLM, evaluating
@@ -114,78 +114,6 @@ def halves_finding(
     if not gap <= SAME_LOSS[precision]:
         return Finding("fail", what, evidence, "leave data.vision_cache out, and report it")
     return Finding("pass", what, evidence)
-
-
-def start_fast(
-    model: torch.nn.Module,
-    plan: Plan,
-    fused: bool,
-    packing: bool | Literal["auto"],
-    batch: Batch,
-    precision: Precision,
-    check: bool = True,
-) -> list[Finding]:
-    """Have the model compute the same with less work, as far as it is wanted and gives the same states on this batch.
-
-    check: compare states; False: nothing is run, nothing found. Raises VlmtuneError where packing is wanted and cannot
-    be.
-    """
-    refusal = _packing_refusal(model, plan)
-    if not check:
-        if fused:
-            use_fused(model)
-        if packing and refusal is None:
-            use_packed_attention(model)
-        elif packing:
-            _padding_stays(packing, Finding("pass", "padding stays", refusal))
-        return []
-    batch, vlm = batch.to(model.device), VLM(model)
-    real = batch.inputs["attention_mask"].bool()
-
-    def states() -> torch.Tensor:
-        with evaluating(model), torch.no_grad(), autocast(precision, model.device):
-            return vlm(batch).sequence[real].float()
-
-    def gap() -> float:
-        return float((states() - own).abs().max() / own.abs().max())
-
-    findings: list[Finding] = []
-    own = states() if fused or (packing and refusal is None) else None
-    if fused and (count := use_fused(model)):
-        what, found = "modules with fewer passes give the model's own states", gap()
-        evidence = f"{count} modules, largest difference {found:.1e} of the largest state"
-        findings.append(Finding("pass", what, evidence))
-        if not found <= SAME_LOSS[precision]:
-            use_stock(model)
-            findings[-1] = Finding("warn", what, f"no: {evidence}", "the model's own are used; please report it")
-    if packing and refusal is not None:
-        findings.append(_padding_stays(packing, Finding("pass", "padding stays", refusal)))
-    elif packing:
-        use_packed_attention(model)
-        what, found = "without padding the model has its own states", gap()
-        padding = 1 - float(real.float().mean())
-        evidence = f"largest difference {found:.1e} of the largest state; {padding:.0%} of this batch is padding"
-        findings.append(Finding("pass", what, evidence))
-        if not found <= SAME_LOSS[precision]:
-            use_padding(model)
-            finding = Finding("warn", what, f"no: {evidence}", "padding stays; please report it")
-            findings[-1] = _padding_stays(packing, finding)
-    return findings
-
-
-def _packing_refusal(model: torch.nn.Module, plan: Plan) -> str | None:
-    methods = sorted({policy.train for policy in plan.policies.values()} & NEED_PADDING)
-    return f"train: {methods[0]} reads padded rows" if methods else packing_refusal(model)
-
-
-NEED_PADDING = {"cross_modal"}
-"""Methods whose modules look at rows of a batch."""
-
-
-def _padding_stays(wish: bool | Literal["auto"], finding: Finding) -> Finding:
-    if wish == "auto":
-        return finding
-    raise VlmtuneError(f"train.packing: {finding.evidence}; set it to auto or false.")
 
 
 def require_no_failure(findings: Sequence[Finding], where: str) -> None:
@@ -309,7 +237,7 @@ def _predict(
     settings = StepSettings(
         precision=precision, gradient_checkpointing=config.train.gradient_checkpointing, optimizer=config.optim.name,
         double=config.quantise.double, micro_batches=len(batches), device=device.type,
-        packing=is_packing(model), fused=config.train.fused,
+        packing=is_packing(model), fused=is_fused(model),
     )  # fmt: skip
     largest = max(batches, key=lambda batch: batch.inputs["input_ids"].numel())
     try:

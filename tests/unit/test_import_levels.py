@@ -34,6 +34,7 @@ LEVELS = (
         "samples",
         "watch",
         "start",
+        "fast_start",
         "export",
         "failure",
         "composition",
@@ -80,7 +81,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("build_course", "config"),
         *((part, "build_course") for part in ("run", "use", "view", "ranks", "export", "start")),
         ("build_loss", "config"),
-        *(("prepare", other) for other in ("build", "build_course", "build_loss", "config", "start")),
+        *(("prepare", other) for other in ("build", "build_course", "build_loss", "config", "fast_start", "start")),
         *(
             ("check", other)
             for other in (

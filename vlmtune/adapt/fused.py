@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from vlmtune.models.fused import fuse, unfuse
+from vlmtune.models.fused import EXCHANGED, fuse, unfuse
 from vlmtune.models.packing import is_packing, use_packed_attention, use_padding
 
 
@@ -98,6 +98,10 @@ def use_stock(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is FusedLora:
             module.__class__ = Linear
+
+
+def is_fused(model: nn.Module) -> bool:
+    return any(isinstance(module, EXCHANGED) or type(module) is FusedLora for module in model.modules())
 
 
 @contextmanager

@@ -86,6 +86,9 @@ class FusedPatches:
         return F.linear(hidden_states.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
+EXCHANGED = (FusedNorm, FusedGate, FusedPatches)
+
+
 @cache
 def _subclass(mixin: type, original: type) -> type:
     return type(f"Fused{original.__name__}", (mixin, original), {})
@@ -110,7 +113,7 @@ def fuse(model: nn.Module, check: bool = True) -> list[str]:
 def unfuse(model: nn.Module) -> None:
     """Give every module its own class back."""
     for module in model.modules():
-        if isinstance(module, (FusedNorm, FusedGate, FusedPatches)):
+        if isinstance(module, EXCHANGED):
             module.__class__ = type(module).__mro__[2]
 
 
