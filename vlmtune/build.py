@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from vlmtune.adapt.plan import Policy
 from vlmtune.adapt.storage import loads_in_file_format, wanted_quantisation
 from vlmtune.build_course import policies
 from vlmtune.build_loss import wanted_readouts
@@ -32,6 +33,7 @@ from vlmtune.data.window import Window
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor, meta_model, stored_dtype
+from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.readouts import attach_readouts, readouts_of
 from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.precision import resolve_precision
@@ -93,12 +95,15 @@ class Base:
     remark: str | None  # on the chat template
 
 
-def load_base(config: Config, as_stored: bool = True) -> Base:
-    """The base of a config. as_stored: weights in the formats that the rules say; False: all of them in float32."""
+def load_base(config: Config, as_stored: bool = True, rules: list[tuple[str, Policy]] | None = None) -> Base:
+    """The base of a config. as_stored: weights in the formats that the rules say; False: all of them in float32.
+
+    rules: those that will be applied (None: the config's).
+    """
     path = resolve_model(config.model)
     processor = load_processor(path)
     remark = set_template(processor, config.data.template)
-    model = _load_as_stored(path, config) if as_stored else load_model(path)
+    model = _load_as_stored(path, config, rules or policies(config)) if as_stored else load_model(path)
     wanted = _wanted_tokens(config.data, model, processor.tokenizer)
     new_tokens = add_tokens(model, processor.tokenizer, wanted)
     if readouts := wanted_readouts(config):
@@ -106,8 +111,7 @@ def load_base(config: Config, as_stored: bool = True) -> Base:
     return Base(path, model, processor, new_tokens, remark)
 
 
-def _load_as_stored(path: str, config: Config) -> torch.nn.Module:
-    rules = policies(config)
+def _load_as_stored(path: str, config: Config, rules: list[tuple[str, Policy]]) -> torch.nn.Module:
     if not loads_in_file_format(rules):
         return load_model(path)
     precision = resolve_precision(config.train.precision, best_device())
@@ -116,7 +120,8 @@ def _load_as_stored(path: str, config: Config) -> torch.nn.Module:
             "train.precision is fp32, but a rule says store: bf16; bfloat16 weights need train.precision: bf16."
         )
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
-    quantisation = wanted_quantisation(meta_model(path), rules, config.quantise.double, compute)
+    shorter = any(policy.store in QUANTISED for _, policy in rules)
+    quantisation = wanted_quantisation(meta_model(path), rules, config.quantise.double, compute) if shorter else None
     return load_model(path, stored_dtype(path), quantisation=quantisation)
 
 

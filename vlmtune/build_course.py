@@ -172,6 +172,22 @@ def policies(config: Config) -> list[tuple[str, Policy]]:
     return [(rule.match, _policy(rule, config)) for rule in config.plan]
 
 
+def training_policies(config: Config, precision: Precision) -> list[tuple[str, Policy]]:
+    """As `policies`, with the base weights of rules that leave it open in the shortest format that changes no bit."""
+    return [
+        (name, replace(policy, store="auto") if _may_be_short(rule, policy, precision) else policy)
+        for rule, (name, policy) in zip(config.plan, policies(config), strict=True)
+    ]
+
+
+def _may_be_short(rule: Rule, policy: Policy, precision: Precision) -> bool:
+    """Whether only products read the base weights of a rule, which round them to bfloat16 anyway."""
+    reads_nothing_else = policy.train in ("frozen", "adapter", "cross_modal", "prefix")
+    plain_lora = policy.train == "lora" and not policy.options  # DoRA, PiSSA and others compute with the base
+    open_ = rule.store == "auto" and rule.compute == "auto"
+    return precision == "bf16" and open_ and (reads_nothing_else or plain_lora)
+
+
 def lr_scaling(config: Config) -> float:
     """Factor on every learning rate for the batch size (SPEC F4): linear (Goyal et al. 2017) or by the square root."""
     if config.optim.scaling is None:
@@ -191,17 +207,17 @@ def _policy(rule: Rule, config: Config) -> Policy:
         dropout=rule.dropout or 0.0,
         method=rule.method or "",
         options=rule.options,
-        store=rule.store,
+        store="fp32" if rule.store == "auto" else rule.store,
         init=rule.init,
         lr_b=rule.lr_b or 1.0,
     )
 
 
 def policies_at(config: Config, settings: Settings, step: int) -> list[tuple[str, Policy]]:
-    """As `policies`, with the rules frozen that do not train at this step."""
+    """As `training_policies`, with the rules frozen that do not train at this step."""
     return [
         (rule, policy if settings.rates[rule].is_active(step) else replace(policy, train="frozen"))
-        for rule, policy in policies(config)
+        for rule, policy in training_policies(config, settings.precision)
     ]
 
 

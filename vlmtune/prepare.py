@@ -24,7 +24,7 @@ from vlmtune.build import (
     load_base,
     remarks_on_prompts,
 )
-from vlmtune.build_course import apply_formats, build_settings, policies
+from vlmtune.build_course import apply_formats, build_settings, training_policies
 from vlmtune.build_loss import build_objective
 from vlmtune.checks.before import batchnorm_findings
 from vlmtune.checks.settings import Course, settings_findings
@@ -90,7 +90,9 @@ def prepare(
     check: look at the start, the settings and memory; base: where it is loaded already (it is changed).
     Raises VlmtuneError for whatever cannot be built, and for the first part that begins wrongly.
     """
-    base = base or load_base(config)
+    precision = resolve_precision(config.train.precision, device)
+    rules = training_policies(config, precision)
+    base = base or load_base(config, rules=rules)
     model = base.model
     encoder = build_encoder(base.processor, model, config.data)
     train_set = build_train(config.data)
@@ -112,9 +114,8 @@ def prepare(
     if config.evaluate.metrics:
         limits = {None, config.evaluate.limit} if config.evaluate.every else {None}
         require_chosen(config.evaluate.metrics, groups, list(readouts_of(model) or []), limits)
-    precision = resolve_precision(config.train.precision, device)
     settings = build_settings(config, [source.size for source in sources], precision)
-    plan = apply_plan(model, policies(config), config.model, config.train.seed, base.new_tokens)
+    plan = apply_plan(model, rules, config.model, config.train.seed, base.new_tokens)
     objective = build_objective(config, sources, plan, encoder)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)

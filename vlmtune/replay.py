@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from vlmtune.adapt.plan import Plan, apply_plan
 from vlmtune.build import best_device, build_encoder, build_train, load_base
-from vlmtune.build_course import apply_formats, build_tower, policies
+from vlmtune.build_course import apply_formats, build_tower, training_policies
 from vlmtune.build_loss import build_objective
 from vlmtune.checkpoint import load_weights
 from vlmtune.config import Config, load_config
@@ -22,6 +22,7 @@ from vlmtune.losses.objective import Objective
 from vlmtune.models.quantise import place
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import embedding_rows
+from vlmtune.optim.precision import resolve_precision
 from vlmtune.paths import require_run
 from vlmtune.schedule import learning_rates
 from vlmtune.step import TrainingModule
@@ -89,9 +90,10 @@ def replay(run: Path, failure: Failure) -> Replay:
 
 def _rebuilt(config: Config, checkpoint: Path) -> tuple[torch.nn.Module, Plan, Encoder, Objective]:
     """Model, plan, encoder and loss of a run, with the weights of a checkpoint."""
-    base = load_base(config)
+    rules = training_policies(config, resolve_precision(config.train.precision, best_device()))
+    base = load_base(config, rules=rules)
     encoder = build_encoder(base.processor, base.model, config.data)
-    plan = apply_plan(base.model, policies(config), config.model, config.train.seed, base.new_tokens)
+    plan = apply_plan(base.model, rules, config.model, config.train.seed, base.new_tokens)
     # only a balance between tasks asks the data, for their names
     sources = [] if config.loss.balance.by == "tokens" else [member.source for member in build_train(config.data)]
     objective = build_objective(config, sources, plan, encoder)

@@ -259,6 +259,26 @@ def test_a_bf16_base_trains_and_exports(vlmtune, write_config, tiny_folder, rows
     assert float((logits_of(merged, inputs) - full).abs().max()) < 1e-4 * float(full.abs().max())
 
 
+def test_a_frozen_base_is_kept_in_the_format_of_its_products(vlmtune, write_config):
+    """store: auto, the default under bf16: half the weights, the same losses to the last bit, also when it goes on."""
+    train = {"length": 4, "batch_size": 4, "micro_batch_size": 2, "log_every": 1, "precision": "bf16"}
+    kept = {}
+    for store in ("auto", "fp32"):
+        rules = [{"match": "language", "train": "lora", "rank": 4}, *FROZEN]
+        plan = [FULL_PROJECTOR, *({**rule, "store": store} for rule in rules)]
+        every = {"train": train, "checkpoint": {"every": 2}}
+        run = trained(vlmtune, write_config, store, plan, **every)
+        shutil.rmtree(run / "checkpoints" / "step_000004")
+        run = trained(vlmtune, write_config, store, plan, **every)  # goes on
+        rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+        items = json.loads((run / "memory.json").read_text())["items"]
+        kept[store] = [row["loss"] for row in rows if row["kind"] == "train"], items
+    assert kept["auto"][0] == kept["fp32"][0] and len(kept["auto"][0]) == 4
+    assert kept["auto"][1]["weights bf16"] > 0 and "weights bf16" not in kept["fp32"][1]
+    saved = kept["fp32"][1]["weights fp32"] - kept["auto"][1]["weights fp32"]
+    assert saved == 2 * kept["auto"][1]["weights bf16"]
+
+
 def test_a_tied_head_is_adapted_over_a_quantised_model(vlmtune, write_config, tiny_folder):
     plan = [
         {"match": "lm_head", "train": "lora", "rank": 4},

@@ -7,6 +7,8 @@ on gradients. A wrong weighting of unequal replies is off by tens of percent.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sizes_of_tests import by_default
@@ -250,3 +252,27 @@ def test_the_hugging_face_loss(name, model_folder, encoded):
     reference = {n: p.grad for n, p in canonical_parameters(model).items() if p.grad is not None}
     assert loss == pytest.approx(theirs.item(), rel=LOSS)
     assert gradient_gap(reference, gradients) < GRADIENT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_short_weights_change_no_bit(name, model_folder, encoded):
+    """`store: auto`: under bfloat16 a product rounds its weights; weights that were rounded before give the same."""
+    encoder, samples = encoded(name)
+    batches = micro_batches(encoder, samples, len(samples))
+    steps = []
+    for store in ("fp32", "auto"):
+
+        def stored(model, store=store):
+            return [
+                (rule, replace(policy, store="fp32" if policy.train == "full" else store))
+                for rule, policy in lora_rules(model)
+            ]
+
+        model = prepared(model_folder(name), stored)
+        short = sum(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+        assert bool(short) == (store == "auto")
+        with torch.autocast("cpu", torch.bfloat16):
+            steps.append(loss_and_gradients(model, batches))
+    (loss, gradients), (again, others) = steps
+    assert loss == again and gradients.keys() == others.keys()
+    assert all(torch.equal(gradient, others[parameter]) for parameter, gradient in gradients.items())

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -33,7 +34,7 @@ def inject(model: nn.Module, adapters: list[Adapter], seed: int) -> set[str]:
     trainable: set[str] = set()
     for adapter in adapters:
         known = {id(parameter) for parameter in model.parameters()}
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _kept_in_float32():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several adapters are meant
             warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # merging unties it
             warnings.filterwarnings("ignore", module=r"peft\.tuners\.(boft|vera|pvera)\.")  # of kernels, of seeds
@@ -56,6 +57,23 @@ def inject(model: nn.Module, adapters: list[Adapter], seed: int) -> set[str]:
         for path in adapter.targets:
             model.get_submodule(path).set_adapter([adapter.name])
     return trainable
+
+
+@contextlib.contextmanager
+def _kept_in_float32() -> Iterator[None]:
+    """Inside, what peft draws is not rounded to the format of a base in bfloat16 on its way to float32: the same seed
+    begins with the same numbers over every base."""
+    original = BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def asked(self: BaseTunerLayer, *args: Any) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = original(self, *args)
+        return device, torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+    BaseTunerLayer._get_base_layer_device_and_dtype = asked
+    try:
+        yield
+    finally:
+        BaseTunerLayer._get_base_layer_device_and_dtype = original
 
 
 def tuner_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:

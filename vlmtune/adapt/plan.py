@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from vlmtune.adapt.library import inject
-from vlmtune.adapt.methods import ADAPTED, Adapter, Target, build_adapters, find_targets, rank_of, require_kinds_used
+from vlmtune.adapt.methods import (
+    ADAPTED,
+    Adapter,
+    Target,
+    build_adapters,
+    find_targets,
+    is_linear,
+    rank_of,
+    require_kinds_used,
+)
 from vlmtune.adapt.new_rows import NEW_ROWS, split_new_rows
 from vlmtune.models.anatomy import (
     Anatomy,
@@ -37,8 +46,9 @@ class Policy:
     train: "adapter" is a bottleneck adapter, "peft" any other method of peft, named by `method`. rank: of LoRA, one
     number, or kind of linear module (`models.anatomy.RANK_KINDS`) -> number. alpha: None for 2 x rank. options: further
     fields of the method's own config class (peft's LoraConfig, IA3Config, …, our BottleneckConfig, …). store: number
-    format in which the base weights are kept. init: "xavier" draws the covered matrices anew. lr_b: factor on the
-    learning rate of LoRA's B (LoRA+, Hayou et al. 2024).
+    format in which the base weights are kept; "auto" is bfloat16 for the linear modules of transformer blocks, for
+    runs under bfloat16 autocast, and float32 for the rest. init: "xavier" draws the covered matrices anew. lr_b:
+    factor on the learning rate of LoRA's B (LoRA+, Hayou et al. 2024).
     """
 
     train: Literal["frozen", "full", "lora", "ia3", "adapter", "cross_modal", "prefix", "peft", "new_rows"]
@@ -49,7 +59,7 @@ class Policy:
     dropout: float = 0.0
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    store: Literal["fp32", "bf16", "nf4", "int8"] = "fp32"
+    store: Literal["auto", "fp32", "bf16", "nf4", "int8"] = "fp32"
     init: Literal["keep", "xavier"] = "keep"
     lr_b: float = 1.0
 
@@ -137,7 +147,7 @@ def apply_plan(
     _require_ranks_fit(model, targets)
     adapters = build_adapters(targets, base_name)
 
-    _store(names, assignment)
+    _store(model, names, assignment)
     draw_anew({n: p for n, p in names.items() if assignment[n][1].init == "xavier" and has_data(p)}, seed)
     added = inject(model, adapters, seed)
     if parts_with_new_rows:
@@ -190,8 +200,14 @@ def base_digest(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str,
     return digests
 
 
-def _store(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Policy]]) -> None:
+def _in_a_block(name: str) -> bool:
+    """Of a transformer: models ask embeddings, projectors and patch convolutions for the format of their states."""
+    return name.startswith(("vision.layers.", "language.layers."))
+
+
+def _store(model: nn.Module, names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Policy]]) -> None:
     """Put every base weight into the number format of its rule; what should be quantised must be so already."""
+    multiplied = {id(module.weight) for module in model.modules() if is_linear(module)}
     for name, parameter in names.items():
         pattern, policy = assignment[name]
         if is_quantised(parameter):
@@ -200,7 +216,7 @@ def _store(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str, Poli
                     f"plan: {name} is stored as {stored_as(parameter)}, but rule {pattern!r} says {policy.store}; load "
                     "the model with the storage of its rules."
                 )
-        elif policy.store == "bf16":
+        elif policy.store == "bf16" or (policy.store == "auto" and id(parameter) in multiplied and _in_a_block(name)):
             parameter.data = parameter.data.bfloat16()
         elif parameter.is_floating_point() and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
@@ -355,5 +371,5 @@ def _described(policy: Policy, new_tokens: int) -> str:
             text = policy.method
         case _:
             text = policy.train
-    stored = "" if policy.store == "fp32" else f" on {policy.store}"
+    stored = "" if policy.store in ("auto", "fp32") else f" on {policy.store}"
     return f"{text} {options}".rstrip() + stored

@@ -54,7 +54,9 @@ class Rule(Strict):
     options: dict[str, Any] = Field(
         default_factory=dict, description="further fields of the method's config: {use_dora: true}, {dim: 64}, …"
     )
-    store: Literal["fp32", "bf16", "nf4", "int8"] = Field("fp32", description="number format of the base weights")
+    store: Literal["auto", "fp32", "bf16", "nf4", "int8"] = Field(
+        "auto", description="number format of the base weights; auto: no longer than their products need"
+    )
     compute: Literal["auto", "fp32"] = Field("auto", description="number format of its modules under bf16 and fp16")
     batchnorm: Literal["batch", "frozen", "sync"] = Field(
         "batch", description="statistics of trained BatchNorm: of micro-batches, the base's, or of the whole step"
@@ -78,7 +80,7 @@ class Rule(Strict):
             raise ValueError("batchnorm means nothing on frozen parameters: their statistics are frozen too")
         if self.schedule is not None:
             require_effect(self.schedule, self.warmup, self.floor, None)
-        if self.compute == "fp32" and self.store != "fp32":
+        if self.compute == "fp32" and self.store not in ("auto", "fp32"):
             raise ValueError(f"compute: fp32 needs weights in float32; leave out store: {self.store}")
         if self.init != "keep" and self.train != "full":
             raise ValueError(f"init: {self.init} throws weights away, so they must all learn again: train: full")
@@ -87,7 +89,7 @@ class Rule(Strict):
                 f"store: {self.store} with train: {self.train}: quantised weights have no gradient; say train: lora "
                 "(or another adapter), or leave store out"
             )
-        if self.store != "fp32" and self.train in ("full", "new_rows"):
+        if self.store not in ("auto", "fp32") and self.train in ("full", "new_rows"):
             raise ValueError(
                 f"store: {self.store} with train: {self.train} would lose small updates; what trains is kept in float32"
             )

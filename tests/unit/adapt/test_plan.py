@@ -49,6 +49,30 @@ def test_every_parameter_is_in_the_table_once(model):
     assert set(plan.rule_of) == set(canonical_parameters(model))
 
 
+@pytest.mark.parametrize(
+    "language",
+    [
+        Policy("lora", lr=1e-3, rank=4),
+        Policy("adapter", lr=1e-3, options={"dim": 8}),
+        Policy("cross_modal", lr=1e-3, options={"dim": 8, "heads": 2}),
+        Policy("prefix", lr=1e-3, options={"length": 4, "gated": False}),
+    ],
+    ids=lambda policy: policy.train,
+)
+@pytest.mark.parametrize("store", ["auto", "bf16"])
+def test_what_is_drawn_does_not_depend_on_the_format_of_the_base(language, store, tiny_folder):
+    """Not rounded to bfloat16 on its way to float32 either."""
+    drawn = []
+    for kept in ("fp32", store):
+        model = load_model(str(tiny_folder("llava")))
+        rules = rules_of(model, language=dataclasses.replace(language, store=kept))
+        drawn.append(apply_plan(model, rules, "base", seed=0).parameters)
+        assert (torch.bfloat16 in {p.dtype for p in model.parameters()}) == (kept != "fp32")
+    assert drawn[0].keys() == drawn[1].keys()
+    assert all(torch.equal(parameter, drawn[1][name]) for name, parameter in drawn[0].items())
+    assert any(parameter.any() for parameter in drawn[0].values())
+
+
 def test_lora_only_on_the_planned_modules(model):
     """Full paths: towers have q_proj too, and stay untouched; every linear layer of the language model is adapted."""
     anatomy = anatomy_of(model)
