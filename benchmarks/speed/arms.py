@@ -1,7 +1,8 @@
 """How each arm is started on one workload: files it reads, command, environment.
 
-The settings are the same for all: LoRA of rank 16 on every linear module of the language model, the merger in full, the
-tower frozen, AdamW at 1e-4, no checkpointing of activations.
+The settings are the same for all: the tower frozen, the merger in full; the language model under LoRA of rank 16 on
+every linear module, the same over a base in NF4 (QLoRA), or in full with the embedding; AdamW at 1e-4, no checkpointing
+of activations.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ PIXELS = 448 * 336
 
 @dataclass(frozen=True)
 class Job:
-    """model: folder; data: of `workload.write_data`; folder: of this arm's files; steps: of 2 x `micro` samples."""
+    """model: folder; data: of `workload.write_data`; folder: of this arm's files; steps: of `parts` micro-batches of
+    `micro` samples."""
 
     model: Path
     data: Path
     folder: Path
     steps: int
     precision: str
+    method: str
+    shape: str
     micro: int = 4
+    parts: int = 2
     threads: int = 2
 
     @property
@@ -41,19 +46,13 @@ class Start:
 
 
 def ours(job: Job, python: Path, cached: bool = False, more: tuple[str, ...] = ()) -> Start:
-    store = "bf16" if job.is_bf16 else "fp32"
     config = {
         "model": str(job.model), "run": str(job.folder / "run"),
         "data": {"train": [{"path": str(job.data / "ours.jsonl")}], "workers": 0, "max_length": None},
-        "plan": [
-            {"match": "vision", "train": "frozen", "store": store}, {"match": "projector", "train": "full"},
-            {"match": "language.norm", "train": "frozen", "store": store},
-            {"match": "language", "train": "lora", "rank": 16, "alpha": 32, "store": store},
-            {"match": "embed", "train": "frozen", "store": store},
-        ],
+        "plan": _plan(job),
         "optim": {"lr": 1e-4, "weight_decay": 0.0, "schedule": "constant", "warmup": "0 steps", "clip": 1.0},
         "train": {
-            "length": f"{job.steps} steps", "batch_size": 2 * job.micro, "micro_batch_size": job.micro,
+            "length": f"{job.steps} steps", "batch_size": job.parts * job.micro, "micro_batch_size": job.micro,
             "precision": job.precision, "threads": job.threads, "log_every": 1,
         },
         "checkpoint": {"every": "100000 steps"}, "stability": {"statistics": None},
@@ -63,6 +62,17 @@ def ours(job: Job, python: Path, cached: bool = False, more: tuple[str, ...] = (
     settings = [*more, *(["data.vision_cache=8GB"] if cached else [])]
     environment = {"VLMTUNE_CACHE": str(job.folder / "cache")}
     return Start([str(python), "-m", "vlmtune", "train", str(path), *settings], environment)
+
+
+def _plan(job: Job) -> list[dict]:
+    front = [{"match": "vision", "train": "frozen"}, {"match": "projector", "train": "full"}]
+    if job.method == "full":
+        return [*front, {"match": "*", "train": "full"}]
+    lora = {"match": "language", "train": "lora", "rank": 16, "alpha": 32}
+    return [
+        *front, {"match": "language.norm", "train": "frozen"},
+        lora | ({"store": "nf4"} if job.method == "qlora" else {}), {"match": "embed", "train": "frozen"},
+    ]  # fmt: skip
 
 
 def ours_cached(job: Job, python: Path) -> Start:
@@ -78,7 +88,8 @@ def fill(start: Start) -> list[str]:
 def trl(job: Job, python: Path) -> Start:
     settings = {
         "model": str(job.model), "data": str(job.data / "messages.parquet"), "out": str(job.folder / "out"),
-        "steps": job.steps, "micro": job.micro, "bf16": job.is_bf16, "threads": job.threads,
+        "steps": job.steps, "micro": job.micro, "parts": job.parts, "bf16": job.is_bf16, "threads": job.threads,
+        "method": job.method,
     }  # fmt: skip
     return Start([str(python), str(HERE / "arm_trl.py"), json.dumps(settings)], {})
 
@@ -87,14 +98,14 @@ def llamafactory(job: Job, python: Path) -> Start:
     config = {
         "model_name_or_path": str(job.model), "image_max_pixels": PIXELS, "image_min_pixels": PIXELS,
         "trust_remote_code": False, "flash_attn": "sdpa", "disable_gradient_checkpointing": True,
-        "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 16, "lora_alpha": 32,
-        "lora_dropout": 0.0, "lora_target": "all", "additional_target": "merger", "freeze_vision_tower": True,
+        "stage": "sft", "do_train": True, "freeze_vision_tower": True, "freeze_multi_modal_projector": False,
+        **_LLAMAFACTORY[job.method],
         "dataset": "bench", "dataset_dir": str(job.data), "media_dir": str(job.data), "template": "qwen2_vl",
         "cutoff_len": 8192, "overwrite_cache": True, "preprocessing_num_workers": 1, "dataloader_num_workers": 0,
         "disable_shuffling": True, "output_dir": str(job.folder / "out"), "logging_steps": 4, "save_strategy": "no",
         "eval_strategy": "no", "plot_loss": False, "overwrite_output_dir": True, "report_to": "none",
         "disable_tqdm": True,
-        "per_device_train_batch_size": job.micro, "gradient_accumulation_steps": 2, "max_steps": job.steps,
+        "per_device_train_batch_size": job.micro, "gradient_accumulation_steps": job.parts, "max_steps": job.steps,
         "learning_rate": 1e-4, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0,
         "max_grad_norm": 1.0, "optim": "adamw_torch", "bf16": job.is_bf16, "fp16": False, "use_cpu": True, "seed": 42,
         "data_seed": 42, "dataloader_pin_memory": False,
@@ -104,17 +115,26 @@ def llamafactory(job: Job, python: Path) -> Start:
     return Start([str(python.parent / "llamafactory-cli"), "train", str(path)], {})
 
 
+_LORA = {
+    "finetuning_type": "lora", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target": "all",
+    "additional_target": "merger",
+}  # fmt: skip
+_LLAMAFACTORY = {
+    "lora": _LORA, "full": {"finetuning_type": "full"},
+    "qlora": _LORA | {"quantization_bit": 4, "quantization_method": "bnb"},
+}  # fmt: skip
+
+
 def swift(job: Job, python: Path) -> Start:
     settings = {
         "model": job.model, "model_type": "qwen2_5_vl", "template": "qwen2_5_vl",
         "external_plugins": HERE / "swift_plugin.py",
-        "tuner_type": "lora", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear",
-        "modules_to_save": "merger", "freeze_vit": "true", "freeze_aligner": "true", "freeze_llm": "false",
+        "freeze_vit": "true", "freeze_llm": "false", **_SWIFT[job.method],
         "dataset": job.data / "swift.jsonl", "split_dataset_ratio": 0, "dataset_shuffle": "false",
         "train_dataloader_shuffle": "false", "load_from_cache_file": "false",
         "torch_dtype": "bfloat16" if job.is_bf16 else "float32", "bf16": str(job.is_bf16).lower(), "fp16": "false",
         "use_cpu": "true", "attn_impl": "sdpa", "per_device_train_batch_size": job.micro,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": job.parts,
         "max_steps": job.steps, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "warmup_ratio": 0,
         "weight_decay": 0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "optim": "adamw_torch", "gradient_checkpointing": "false", "vit_gradient_checkpointing": "false",
@@ -131,7 +151,30 @@ def swift(job: Job, python: Path) -> Start:
     return Start([str(python.parent / "swift"), "sft", *flags], environment)
 
 
+def products(job: Job, python: Path) -> Start:
+    """No training at all: the products that are needed, and nothing else."""
+    settings = {
+        "model": str(job.model), "data": str(job.data), "shape": job.shape, "steps": job.steps, "micro": job.micro,
+        "parts": job.parts, "bf16": job.is_bf16, "threads": job.threads, "method": job.method,
+    }  # fmt: skip
+    return Start([str(python), str(HERE / "floor.py"), json.dumps(settings)], {})
+
+
+_SWIFT_LORA = {
+    "tuner_type": "lora", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear",
+    "modules_to_save": "merger", "freeze_aligner": "true",
+}  # fmt: skip
+_SWIFT = {
+    "lora": _SWIFT_LORA, "full": {"tuner_type": "full", "freeze_aligner": "false"},
+    "qlora": _SWIFT_LORA | {
+        "quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": "true",
+        "bnb_4bit_compute_dtype": "float32",
+    },
+}  # fmt: skip
+
+
 ARMS: dict[str, tuple[Callable[[Job, Path], Start], str | None]] = {
+    "products alone": (products, None),
     "vlmtune": (ours, None),
     "vlmtune, second epoch": (ours_cached, None),
     "ms-swift": (swift, "ms-swift"),

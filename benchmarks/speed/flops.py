@@ -2,7 +2,8 @@
 
 Counted are products only, 2 operations per multiply-add: the frozen tower forward; the merger forward and for the
 gradients of its weights; the language model forward and for the gradients of states (its weights are frozen), with its
-adapters; causal attention as half a square; the head at supervised positions, forward and for the gradient of states.
+adapters, or without any and for the gradients of all weights (full fine-tuning); causal attention as half a square; the
+head at supervised positions, forward and for the gradient of states.
 Whatever an arm computes besides (padding, logits nobody reads, a tower whose result is known) is not counted.
 """
 
@@ -37,6 +38,7 @@ class Needed:
     samples: list[Sample]
     per_step: int
     shape: Shape
+    in_full: bool
 
     def of_steps(self, first: int, count: int, tower_is_known: bool) -> float:
         """Operations of `count` steps from step `first` (from 0) on."""
@@ -59,9 +61,10 @@ class Needed:
         adapters = RANK * (2 * shape.hidden + 2 * (shape.hidden + shape.kv * head) + 3 * (shape.hidden + shape.inner))
         adapters += RANK * 2 * shape.hidden
         # forward and gradient of states: 2 products; of adapters also that of their weights: 3. Attention: 2 and 4.
-        block = 2 * 2 * shape.language * tokens + 3 * 2 * adapters * tokens
+        products = 3 if self.in_full else 2
+        block = products * 2 * shape.language * tokens + (0 if self.in_full else 3 * 2 * adapters * tokens)
         block += (2 + 4) * tokens * tokens * shape.hidden
-        total = shape.layers * block + 2 * 2 * shape.vocabulary * shape.hidden * sample.supervised
+        total = shape.layers * block + products * 2 * shape.vocabulary * shape.hidden * sample.supervised
         patches = sum(sample.patches)
         total += 2 * 2 * shape.merger * patches / 4 + 2 * patches / 4 * 4 * shape.vision_hidden * shape.hidden
         if not tower_is_known:
@@ -71,7 +74,7 @@ class Needed:
         return total
 
 
-def needed(model: Path, data: Path, shape: Shape, steps: int, per_step: int) -> Needed:
+def needed(model: Path, data: Path, shape: Shape, steps: int, per_step: int, in_full: bool) -> Needed:
     """Of the samples in `data`, encoded as vlmtune does it."""
     encoder = build_encoder(load_processor(str(model)), load_model(str(model)))
     source = FileSource(data / "ours.jsonl")
@@ -81,4 +84,4 @@ def needed(model: Path, data: Path, shape: Shape, steps: int, per_step: int) -> 
         encoded = encoder.encode(source[order[k][1]])
         grids = encoded.pixels["image_grid_thw"].prod(1).tolist()
         samples.append(Sample(len(encoded), int(encoded.supervised()[1:].sum()), tuple(grids)))
-    return Needed(samples, per_step, shape)
+    return Needed(samples, per_step, shape, in_full)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from arms import ARMS, Job, environment, fill, python_of
 from flops import Needed, needed
+from tokenizers import Tokenizer
 from workload import DATA, SHAPES, write_data, write_model
 
 HERE = Path(__file__).parent
@@ -61,6 +62,7 @@ class Arm:
             "SPEED_TURNS": str(turns),
             "SPEED_WARMUP": str(warmup),
             "SPEED_BLOCK": str(block),
+            "SPEED_TAIL": _tail(job.model),
         }
         self.log = (self.folder / "log.txt").open("w")
         self.process = subprocess.Popen(
@@ -98,6 +100,12 @@ class Arm:
         return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
+def _tail(model: Path) -> str:
+    """Ids of the end of a reply and of the line break behind it."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return f"{tokenizer.token_to_id('<|im_end|>')},{tokenizer.encode(chr(10)).ids[0]}"
+
+
 def matmul_peak(precision: str) -> float:
     """GFLOP/s of the best of five products of 2048 x 2048."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -118,7 +126,8 @@ def measure(args: argparse.Namespace) -> dict:
     if not (data / "messages.parquet").exists():
         write_data(data, DATA[args.case], SAMPLES)
     steps = args.warmup + args.rounds * args.block + 1
-    place = args.work / datetime.datetime.now().strftime(f"{args.case}-{args.shape}-{args.precision}-%H%M%S")
+    name = f"{args.case}-{args.shape}-{args.method}-{args.precision}"
+    place = args.work / datetime.datetime.now().strftime(f"{name}-%H%M%S")
     turns = place / "turns"
     turns.mkdir(parents=True)
     rounded = Path(f"{model}-bf16") if args.precision == "bf16" else model
@@ -127,7 +136,10 @@ def measure(args: argparse.Namespace) -> dict:
     peaks = []
     try:
         for arm in arms:
-            job = Job(rounded, data, arm.folder, steps, args.precision, args.micro, args.threads)
+            job = Job(
+                model=rounded, data=data, folder=arm.folder, steps=steps, precision=args.precision, method=args.method,
+                shape=args.shape, micro=args.micro, parts=args.parts, threads=args.threads,
+            )  # fmt: skip
             arm.start(job, args.peers, turns, args.warmup, args.block)
             print(f"{arm.name} is ready", flush=True)
         for number in range(args.rounds):
@@ -141,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict:
     finally:
         for arm in arms:
             arm.stop()
-    need = needed(model, data, SHAPES[args.shape], steps, 2 * args.micro)
+    need = needed(model, data, SHAPES[args.shape], steps, args.parts * args.micro, args.method == "full")
     return _result(args, arms, peaks, need)
 
 
@@ -164,10 +176,12 @@ def _result(args: argparse.Namespace, arms: list[Arm], peaks: list[float], need:
         rows[arm.name] = {
             "seconds": seconds, "median": statistics.median(seconds), "mfu": statistics.median(reached),
             "peak_mib": arm.reports[-1]["peak"] / 2**20, "foreign_cores": max(foreign), "losses": arm.losses(),
-            "trained": arm.reports[-1]["trained"], "supervised": sum(arm.reports[-1]["supervised"]),
+            "trained": arm.reports[-1]["trained"], "steps": arm.reports[-1]["steps"],
+            "supervised": sum(arm.reports[-1]["supervised"]),
         }  # fmt: skip
     return {
-        "case": args.case, "shape": args.shape, "precision": args.precision, "samples": 2 * args.micro,
+        "case": args.case, "shape": args.shape, "precision": args.precision, "parts": args.parts, "method": args.method,
+        "samples": args.parts * args.micro,
         "threads": args.threads, "processor": _processor(), "date": str(datetime.date.today()), "peaks": peaks,
         "tokens": need.tokens_per_step, "supervised": need.supervised_per_step, "arms": rows,
     }  # fmt: skip
@@ -186,9 +200,11 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--case", choices=DATA, default="short")
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--method", choices=("lora", "full", "qlora"), default="lora")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
-    parser.add_argument("--micro", type=int, default=4, help="samples of a micro-batch; a step has two")
+    parser.add_argument("--micro", type=int, default=4, help="samples of a micro-batch")
+    parser.add_argument("--parts", type=int, default=2, help="micro-batches of a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
     parser.add_argument("--block", type=int, default=2, help="steps of a turn")

@@ -2,7 +2,10 @@
 
 An optimizer step is what lies between two ends of `torch.optim.Optimizer.step`, loading of data included. After
 SPEED_WARMUP steps, and from then on after every SPEED_BLOCK, the arm reports and waits until it is its turn again, so
-that one arm at a time computes. Adapters start from the same numbers in all arms: their losses can be compared.
+that one arm at a time computes.
+
+So that losses can be compared, adapters start from the same numbers in all arms, and the line break behind the end of a
+reply (SPEED_TAIL: ids of the end and of the break), which the peers' templates also supervise, is no target.
 """
 
 import os
@@ -66,7 +69,14 @@ if os.environ.get("SPEED_ARM"):
 
     def patch_trainer(module) -> None:
         """Losses of the arms that use transformers' Trainer, and how many tokens they are means over."""
-        original = module.Trainer.training_step
+        original, count = module.Trainer.training_step, module.Trainer._get_num_items_in_batch
+        end, line_break = map(int, os.environ["SPEED_TAIL"].split(","))
+
+        def count_items(self, batch_samples, *args, **kwargs):
+            for batch in batch_samples:
+                labels = batch["labels"]
+                labels[:, 1:].masked_fill_((labels[:, :-1] == end) & (labels[:, 1:] == line_break), -100)
+            return count(self, batch_samples, *args, **kwargs)
 
         def training_step(self, model, inputs, *args, **kwargs):
             supervised = int((inputs["labels"][:, 1:] != -100).sum())
@@ -81,6 +91,7 @@ if os.environ.get("SPEED_ARM"):
             return loss
 
         module.Trainer.training_step = training_step
+        module.Trainer._get_num_items_in_batch = count_items
 
     def patch_lora(module) -> None:
         """The first factor of every adapter is drawn from a seed made of the layer it adapts."""
