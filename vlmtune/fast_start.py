@@ -45,7 +45,7 @@ def start_fast(
         use_packed_attention(model)
     if own is None:
         return findings
-    padding = 1 - float(own.real.float().mean())
+    padding = 1 - float(batch.inputs["attention_mask"].float().mean())
     share, modules = f"{padding:.0%} of this batch is padding", f"{count} modules"
     gap = own.gap() if count or packs else 0.0
     if gap <= SAME_LOSS[precision]:
@@ -74,11 +74,10 @@ def start_fast(
 
 
 class _States:
-    """What the model computes by itself on a batch, to compare with."""
+    """What the model computes by itself on a batch where there is loss, to compare with."""
 
     def __init__(self, model: torch.nn.Module, batch: Batch, precision: Precision):
         self.model, self.batch, self.precision = model, batch.to(model.device), precision
-        self.real = self.batch.inputs["attention_mask"].bool()
         self.vlm = VLM(model)
         self.own = self._now()
 
@@ -89,7 +88,7 @@ class _States:
 
     def _now(self) -> torch.Tensor:
         with evaluating(self.model), torch.no_grad(), autocast(self.precision, self.model.device):
-            return self.vlm(self.batch).sequence[self.real].float()
+            return self.vlm(self.batch, every_state=False).hidden.float()
 
 
 def _compared(what: str, gap: float, of: str, precision: Precision, remedy: str) -> Finding:

@@ -37,6 +37,7 @@ from vlmtune.data.survey import longest_rows
 from vlmtune.evaluate.evaluation import require_chosen
 from vlmtune.fast_start import start_fast
 from vlmtune.losses.objective import Objective
+from vlmtune.models.anatomy import part_of
 from vlmtune.models.packing import is_packing
 from vlmtune.models.quantise import place
 from vlmtune.models.readouts import readouts_of
@@ -56,7 +57,7 @@ from vlmtune.start import (
     require_no_failure,
 )
 from vlmtune.trainer import Settings
-from vlmtune.types import Batch, Encoded, Finding, Sample
+from vlmtune.types import Batch, Encoded, Finding, Sample, VlmtuneError
 
 LOOKED_AT = 64  # samples of a source that has no end
 
@@ -118,7 +119,8 @@ def prepare(
     plan = apply_plan(model, rules, config.model, config.train.seed, base.new_tokens)
     objective = build_objective(config, sources, plan, encoder)
     if config.train.gradient_checkpointing:
-        checkpoint_activations(model)
+        _require_something_to_recompute(config, plan)
+        checkpoint_activations(model, config.train.gradient_checkpointing)
     if config.data.vision_cache is not None:
         require_two_halves(model, plan.parameters)
     place(model, device)
@@ -143,6 +145,16 @@ def prepare(
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
         made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
     return made
+
+
+def _require_something_to_recompute(config: Config, plan: Plan) -> None:
+    """Raise VlmtuneError where the tower is named but nothing of it trains: then none of it is kept anyway."""
+    named = config.train.gradient_checkpointing
+    if isinstance(named, list) and "vision" in named and "vision" not in {part_of(name) for name in plan.parameters}:
+        raise VlmtuneError(
+            "train.gradient_checkpointing names vision, but nothing of the vision tower trains, so no activation of it "
+            "is kept; leave vision out."
+        )
 
 
 def _with_images(made: Prepared) -> list[Sample]:

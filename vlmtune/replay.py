@@ -101,7 +101,7 @@ def _rebuilt(config: Config, checkpoint: Path) -> tuple[torch.nn.Module, Plan, E
     if objective.state_dict():
         objective.load_state_dict(load_file(checkpoint / "objective.safetensors"))
     if config.train.gradient_checkpointing:
-        checkpoint_activations(base.model)
+        checkpoint_activations(base.model, config.train.gradient_checkpointing)
     place(base.model, best_device())
     apply_formats(base.model, plan, config)
     return base.model, plan, encoder, objective

@@ -23,8 +23,10 @@ class TrainingModule(nn.Module):
         self.vlm, self.objective = vlm, objective
 
     def forward(self, batch: Batch, step: StepWeights) -> Losses:
-        states = self.vlm(batch, step.kinds, self.objective.read(self.vlm, batch, step))
-        return self.objective(states, self.vlm.head, batch, step, readouts_of(self.vlm.model))
+        readouts = readouts_of(self.vlm.model)
+        every_state = readouts is not None or len(self.objective.terms) > 0
+        states = self.vlm(batch, step.kinds, self.objective.read(self.vlm, batch, step), every_state)
+        return self.objective(states, self.vlm.head, batch, step, readouts)
 
 
 @dataclass(frozen=True)

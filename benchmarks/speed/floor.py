@@ -50,14 +50,16 @@ def adapter(rows: int, wide: int, out: int) -> list[Sizes]:
     ]  # fmt: skip
 
 
-def decoder_block(shape: Shape, tokens: int, in_full: bool) -> Iterator[Sizes]:
+def decoder_block(shape: Shape, tokens: int, read: int, in_full: bool) -> Iterator[Sizes]:
+    """read: positions whose states somebody reads behind the block."""
     narrow = shape.kv * shape.hidden // shape.heads
-    for wide, out in (
-        (shape.hidden, shape.hidden), (shape.hidden, narrow), (shape.hidden, narrow), (shape.hidden, shape.hidden),
-        (shape.hidden, shape.inner), (shape.hidden, shape.inner), (shape.inner, shape.hidden),
+    for rows, wide, out in (
+        (tokens, shape.hidden, shape.hidden), (tokens, shape.hidden, narrow), (tokens, shape.hidden, narrow),
+        (tokens, shape.hidden, shape.hidden), (read, shape.hidden, shape.inner), (read, shape.hidden, shape.inner),
+        (read, shape.inner, shape.hidden),
     ):  # fmt: skip
-        yield from linear(tokens, wide, out, in_full)
-        yield from [] if in_full else adapter(tokens, wide, out)
+        yield from linear(rows, wide, out, in_full)
+        yield from [] if in_full else adapter(rows, wide, out)
 
 
 def tower_block(shape: Shape, patches: int) -> Iterator[Sizes]:
@@ -97,12 +99,12 @@ def micro_batch(shape: Shape, memory: Memory, samples: list[Sample], in_full: bo
                     F.scaled_dot_product_attention(whole, whole, whole)
     for sizes in merger(shape, patches):
         memory.multiply(*sizes)
-    for _ in range(shape.layers):
-        for sizes in decoder_block(shape, tokens, in_full):
+    supervised = sum(s.supervised for s in samples)
+    for layer in range(shape.layers):
+        for sizes in decoder_block(shape, tokens, supervised if layer == shape.layers - 1 else tokens, in_full):
             memory.multiply(*sizes)
         for sample in samples:
             attend(shape, memory, sample.tokens)
-    supervised = sum(s.supervised for s in samples)
     for sizes in linear(supervised, shape.hidden, shape.vocabulary, in_full):
         memory.multiply(*sizes)
 

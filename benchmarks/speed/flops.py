@@ -3,7 +3,7 @@
 Counted are products only, 2 operations per multiply-add: the frozen tower forward; the merger forward and for the
 gradients of its weights; the language model forward and for the gradients of states (its weights are frozen), with its
 adapters, or without any and for the gradients of all weights (full fine-tuning); causal attention as half a square; the
-head at supervised positions, forward and for the gradient of states.
+head and the feed-forward part of the last block at supervised positions, forward and for the gradient of states.
 Whatever an arm computes besides (padding, logits nobody reads, a tower whose result is known) is not counted.
 """
 
@@ -57,14 +57,16 @@ class Needed:
 
     def _of(self, sample: Sample, tower_is_known: bool) -> float:
         shape, tokens = self.shape, sample.tokens
-        head = shape.hidden // shape.heads
-        adapters = RANK * (2 * shape.hidden + 2 * (shape.hidden + shape.kv * head) + 3 * (shape.hidden + shape.inner))
-        adapters += RANK * 2 * shape.hidden
-        # forward and gradient of states: 2 products; of adapters also that of their weights: 3. Attention: 2 and 4.
-        products = 3 if self.in_full else 2
-        block = products * 2 * shape.language * tokens + (0 if self.in_full else 3 * 2 * adapters * tokens)
-        block += (2 + 4) * tokens * tokens * shape.hidden
-        total = shape.layers * block + products * 2 * shape.vocabulary * shape.hidden * sample.supervised
+        products = 3 if self.in_full else 2  # forward, gradient of states, and of weights where they train
+        narrow = shape.kv * shape.hidden // shape.heads
+        attention = 2 * shape.hidden**2 + 2 * shape.hidden * narrow
+        feed_forward = 3 * shape.hidden * shape.inner
+        if not self.in_full:  # factors: all three
+            attention += RANK * (4 * shape.hidden + 2 * (shape.hidden + narrow)) * 3 / products
+            feed_forward += RANK * 3 * (shape.hidden + shape.inner) * 3 / products
+        total = shape.layers * (products * 2 * attention + (2 + 4) * tokens * shape.hidden) * tokens
+        total += products * 2 * feed_forward * ((shape.layers - 1) * tokens + sample.supervised)
+        total += products * 2 * shape.vocabulary * shape.hidden * sample.supervised
         patches = sum(sample.patches)
         total += 2 * 2 * shape.merger * patches / 4 + 2 * patches / 4 * 4 * shape.vision_hidden * shape.hidden
         if not tower_is_known:

@@ -183,7 +183,8 @@ def _result(args: argparse.Namespace, arms: list[Arm], peaks: list[float], need:
         "case": args.case, "shape": args.shape, "precision": args.precision, "parts": args.parts, "method": args.method,
         "samples": args.parts * args.micro,
         "threads": args.threads, "processor": _processor(), "date": str(datetime.date.today()), "peaks": peaks,
-        "tokens": need.tokens_per_step, "supervised": need.supervised_per_step, "arms": rows,
+        "tokens": need.tokens_per_step, "needed": need.of_steps(args.warmup, args.rounds * args.block, False),
+        "supervised": need.supervised_per_step, "arms": rows,
     }  # fmt: skip
 
 
@@ -194,10 +195,14 @@ def _processor() -> str:
     return f"{name or platform.processor()}, {os.cpu_count()} cores, {' '.join(known)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers", type=Path)
-    parser.add_argument("work", type=Path)
+def _absolute(text: str) -> Path:
+    return Path(text).absolute()
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peers", type=_absolute)
+    parser.add_argument("work", type=_absolute)
     parser.add_argument("--case", choices=DATA, default="short")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--method", choices=("lora", "full", "qlora"), default="lora")
@@ -210,8 +215,11 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=2, help="steps of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="write the result beside this file")
-    args = parser.parse_args()
-    args.peers, args.work = args.peers.absolute(), args.work.absolute()
+    return parser
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
     result = measure(args)
     from report import table, write
 

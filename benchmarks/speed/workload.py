@@ -190,7 +190,11 @@ class Data:
 DATA = {
     "short": Data((1, 1), (1, 2)),
     "long": Data((1, 1), (24, 32)),
-    "four": Data((4, 4), (1, 1)),
+    "two": Data((2, 2), (1, 2)),
+    "four": Data((4, 4), (1, 2)),
+    "reply": Data((1, 1), (8, 8)),
+    "reply2": Data((1, 1), (16, 16)),
+    "reply4": Data((1, 1), (32, 32)),
     "mixed": Data((1, 4), (1, 10)),
 }
 """Cases. mixed: numbers of images and lengths of replies differ widely, most of them small."""

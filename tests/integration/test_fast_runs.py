@@ -33,6 +33,7 @@ WAYS = {
     "tokens": {"micro_batch_tokens": 128},
     "padded tokens": {"micro_batch_tokens": 128, "packing": False},
     "checkpointing": {"micro_batch_size": 4, "gradient_checkpointing": True},
+    "checkpointing of a part": {"micro_batch_size": 4, "gradient_checkpointing": ["language"]},
 }
 
 
@@ -93,6 +94,8 @@ def test_families_that_cannot_be_packed(vlmtune, write_config, tiny_folder, rows
 @pytest.mark.parametrize(
     "train, data, said",
     [
+        ({"gradient_checkpointing": ["vision"]}, {}, "nothing of the vision tower trains"),
+        ({"gradient_checkpointing": []}, {}, "gradient_checkpointing"),
         ({"micro_batch_tokens": 64}, {"max_length": 128}, "one sample may have 128 (data.max_length)"),
         ({"micro_batch_tokens": 4}, {}, "micro_batch_tokens"),
         ({"micro_batch_size": 3}, {}, "batch_size 4 is not a multiple of micro_batch_size 3"),

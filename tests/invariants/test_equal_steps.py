@@ -18,6 +18,7 @@ from vlmtune.adapt.fused import FusedLora, own_forward, use_fused, use_stock
 from vlmtune.adapt.plan import apply_plan
 from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import anatomy_of, canonical_parameters
+from vlmtune.models.last_block import compute_everything
 from vlmtune.models.load import load_model
 from vlmtune.models.packing import is_packing, packing_refusal, use_packed_attention
 from vlmtune.models.tiny import FAMILIES
@@ -104,6 +105,38 @@ def test_packed_equals_padded(name, model_folder, encoded):
     checkpoint_activations(model)
     on = loss_and_gradients(model, [batch])
     assert on[0] == off[0] and all(torch.equal(on[1][n], off[1][n]) for n in off[1])
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("rules", [full_rules, lora_rules], ids=["full", "lora"])
+def test_the_last_block_computes_what_is_read(name, rules, model_folder, encoded):
+    """The loss needs no more of it: same loss and gradients, fewer rows; asked for all states it computes them all."""
+    encoder, samples = encoded(name)
+    model = prepared(model_folder(name), rules)
+    (batch,) = micro_batches(encoder, samples, len(samples))
+    use_packed_attention(model)
+    block = list(model.get_submodule(anatomy_of(model).language_layers))[-1]
+    rows: list[int] = []
+    block.mlp.gate_proj.register_forward_hook(lambda module, args, out: rows.append(out.shape[-2]))
+    short = loss_and_gradients(model, [batch])
+    checkpoint_activations(model)
+    set_training_mode(model)
+    if name == "embedded":
+        model.model.vision_tower.eval()
+    again = loss_and_gradients(model, [batch])
+    compute_everything(model)
+    everything = loss_and_gradients(model, [batch])
+    assert rows[:3] == [int(supervised_mask(batch.kinds[:, 1:]).sum())] * 3
+    assert set(rows[3:]) == {int(batch.inputs["attention_mask"].sum())}
+    assert short[0] == again[0] and all(torch.equal(short[1][n], again[1][n]) for n in short[1])
+    assert short[0] == pytest.approx(everything[0], rel=LOSS)
+    assert gradient_gap(everything[1], short[1]) < GRADIENT
+    use_packed_attention(model)
+    with torch.no_grad():
+        whole = VLM(model)(batch)
+        assert rows[-1] == int(batch.inputs["attention_mask"].sum())
+        assert VLM(model)(batch, every_state=False).states is None
+        torch.testing.assert_close(whole.hidden, VLM(model)(batch, every_state=False).hidden, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", by_default({"qwen2_5_vl", "smolvlm"}, PACKED))
@@ -217,6 +250,35 @@ def test_gradient_checkpointing(name, rules, model_folder, encoded):
     assert len(on) >= 0.9 * len(trainable)  # some towers' last blocks are never read
     assert on_loss == off_loss
     assert set(on) == set(off) and all(torch.equal(on[n], off[n]) for n in on)
+
+
+@pytest.mark.parametrize("name", by_default({"qwen2_5_vl", "llava"}, NAMES))
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_gradient_checkpointing_of_one_part(name, part, model_folder, encoded):
+    """Its blocks are computed again, and no others; not a bit changes."""
+    encoder, samples = encoded(name)
+    batches = micro_batches(encoder, samples, len(samples))
+    model = prepared(model_folder(name))
+    set_training_mode(model)
+    if name == "embedded":
+        model.model.vision_tower.eval()
+    anatomy, calls = anatomy_of(model), {"vision": 0, "language": 0}
+    for side, path in (("vision", anatomy.vision_layers), ("language", anatomy.language_layers)):
+
+        def count(*_, side=side):
+            calls[side] += 1
+
+        # inside of a block: the block itself is called once, and computes what is in it twice
+        next(
+            module for module in list(model.get_submodule(path))[0].modules() if not list(module.children())
+        ).register_forward_pre_hook(count)
+    off_loss, off = loss_and_gradients(model, batches)
+    once = dict(calls)
+    checkpoint_activations(model, [part])
+    on_loss, on = loss_and_gradients(model, batches)
+    other = "vision" if part == "language" else "language"
+    assert calls[part] == 3 * once[part] and calls[other] == 2 * once[other]
+    assert on_loss == off_loss and all(torch.equal(on[n], off[n]) for n in off)
 
 
 def test_gradient_checkpointing_works_below_a_frozen_language_model(model_folder, encoded):

@@ -82,7 +82,7 @@ def _count(config: Any, rules: Rules, batch: Batch, settings: StepSettings, new_
         if settings.packing:
             use_packed_attention(model)
         if settings.gradient_checkpointing:
-            checkpoint_activations(model)
+            checkpoint_activations(model, settings.gradient_checkpointing)
         set_training_mode(model)
         stored = _book_weights(ledger, model, plan)
         ledger.item, ledger.place = "batch", "forward"
@@ -223,7 +223,7 @@ def _forward_backward(
     """One micro-batch as `Trainer.train_step` runs it; returns what the forward kept, by part."""
     ledger.item, ledger.place = "activations language", "forward/language"
     with autocast(settings.precision, CPU):
-        states = vlm(batch, weights.kinds)
+        states = vlm(batch, weights.kinds, every_state=False)
         ledger.item, ledger.place = "loss", "loss"
         losses = objective(states, vlm.head, batch, weights)
     saved = {item.removeprefix("activations "): size for item, size in ledger.live.items()

@@ -20,11 +20,12 @@ GPU: what torch.cuda.max_memory_allocated reports has none of it; context and fr
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step runs, and where. micro_batches: of one optimizer step; double: double quantisation of NF4 scales;
-    packing: whether padding is taken out (`models.packing`); fused: whether modules are exchanged (`adapt.fused`)."""
+    """How a step runs, and where. gradient_checkpointing: of which parts (True: all); micro_batches: of one optimizer
+    step; double: double quantisation of NF4 scales; packing: whether padding is taken out (`models.packing`); fused:
+    whether modules are exchanged (`adapt.fused`)."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Sequence[str] = False
     optimizer: OptimizerName = "adamw"
     double: bool = True
     micro_batches: int = 1

@@ -57,7 +57,9 @@ class Train(Strict):
     )
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for the model")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Annotated[list[Literal["vision", "language"]], Field(min_length=1)] = Field(
+        False, description="recompute activations in the backward; a list of parts: only of their blocks"
+    )
     log_every: int = Field(10, ge=1)
 
     @model_validator(mode="after")

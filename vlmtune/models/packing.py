@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vlmtune.models.last_block import compute_everything, compute_only_what_is_read
+
 PACKED_ATTENTION = "vlmtune_packed"
 
 _FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "llava", "llava_resampler", "internvl")
@@ -46,11 +48,13 @@ def packing_refusal(model: PreTrainedModel) -> str | None:
 def use_packed_attention(model: PreTrainedModel) -> None:
     """From now on `VLM` takes padding out before the model runs; plain forwards and generation work as before."""
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+    compute_only_what_is_read(model)
 
 
 def use_padding(model: PreTrainedModel) -> None:
     """Undo `use_packed_attention`."""
     model.set_attn_implementation({"text_config": "sdpa"})
+    compute_everything(model)
 
 
 def is_packing(model: PreTrainedModel) -> bool:
@@ -135,15 +139,43 @@ def packed_attention(
 
     segments: lengths of the samples in the row; causal attention runs within each, at the cost of each. None: plain
     sdpa. They come as an argument because checkpointed layers run again in the backward, outside of any context.
+    In half precision a GPU has one kernel for all samples (FlashAttention; Dao 2023); elsewhere each has its own call.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if _has_one_kernel(query) and not options.get("dropout"):
+        return _in_one_kernel(query, key, value, **options), None
     if len(set(segments)) == 1 and query.shape[0] == 1:  # one call for all of them
         split = [_as_batch(states, len(segments)) for states in (query, key, value)]
         out = _causal(module, *split, **options)
         return out.reshape(1, -1, *out.shape[2:]), None
     parts = zip(*(states.split(segments, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([_causal(module, q, k, v, **options) for q, k, v in parts], dim=1), None
+
+
+def _format(states: Tensor) -> torch.dtype:
+    """In which attention runs: autocast does not know every kernel."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def _has_one_kernel(query: Tensor) -> bool:
+    fits = query.is_cuda and query.shape[-1] <= 256 and _format(query) in (torch.bfloat16, torch.float16)
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _in_one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens_q: Tensor, max_length_q: int, **options: Any
+) -> Tensor:
+    """float[1, Q, heads, D]; the kernel looks at itself and so many tokens to the left (-1: at all of them)."""
+    from torch.nn.attention import varlen
+
+    window = options.get("sliding_window")
+    rows = (states[0].transpose(0, 1).to(_format(states)) for states in (query, key, value))
+    return varlen.varlen_attn(
+        *rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=options.get("scaling"),
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    ).unsqueeze(0)  # fmt: skip
 
 
 def _as_batch(states: Tensor, count: int) -> Tensor:

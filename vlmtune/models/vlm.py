@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.batchnorm import keeps_statistics
+from vlmtune.models.last_block import READ_ROWS
 from vlmtune.models.packing import PackedRow, is_packing, pack, packed_forward
 from vlmtune.models.trunk import CachedVision
 from vlmtune.types import Batch, VlmtuneError, supervised_mask, token_weights
@@ -23,7 +25,7 @@ class Supervised:
 
     hidden float[N, D]: the state that predicts the token; targets int64[N]: the token; kinds int8[N]; row int64[N]:
     which sample of the micro-batch it belongs to; weights float32[N]: above 0; states: all of them, as the model gave
-    them; packed: how they lie, where padding was taken out.
+    them, None where only those of loss were asked for; packed: how they lie, where padding was taken out.
     """
 
     hidden: Tensor
@@ -60,27 +62,37 @@ class VLM(nn.Module):
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
-    def forward(self, batch: Batch, kind_weights: Tensor | None = None, read: Tensor | None = None) -> Supervised:
+    def forward(
+        self,
+        batch: Batch,
+        kind_weights: Tensor | None = None,
+        read: Tensor | None = None,
+        every_state: bool = True,
+    ) -> Supervised:
         """Run the body (vision tower, projector, language model) once; no logits are made.
 
         kind_weights: float32[len(Kind)] of `TokenWeights.at`; None: 1 for every supervised kind.
         read: int64[B, T], ids to read in place of the batch's, which stay what is predicted (`losses.exposure`).
+        every_state: False where nobody asks for `states`: then those without loss need not be finished.
         """
         inputs = batch.inputs if read is None else batch.inputs | {"input_ids": read}
         if batch.images:
             inputs = inputs | self.vision.inputs(batch.images)
         packed = pack(self.model, inputs) if is_packing(self.model) else None
-        states = self._body(inputs, packed)
         kinds = batch.kinds[:, 1:]
         weights = supervised_mask(kinds).float() if kind_weights is None else token_weights(kinds, kind_weights)
         rows, at = (weights > 0).nonzero(as_tuple=True)  # on a GPU the host waits here, once
+        places = None if packed is None else packed.positions()[rows, at]
+        if packed is not None and not every_state:
+            packed.inputs[READ_ROWS] = places
+        states = self._body(inputs, packed)
         return Supervised(
-            hidden=states[rows, at] if packed is None else states[0, packed.positions()[rows, at]],
+            hidden=states[rows, at] if packed is None else states[0, places],
             targets=batch.inputs["input_ids"][rows, at + 1],
             kinds=kinds[rows, at],
             row=rows,
             weights=weights[rows, at],
-            states=states,
+            states=states if every_state or packed is None else None,
             packed=packed,
         )
 
@@ -91,14 +103,22 @@ class VLM(nn.Module):
             return self.model.base_model(**packed.inputs, use_cache=False).last_hidden_state
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute activations of blocks in the backward, without reentry (PAINS 5).
+def checkpoint_activations(model: PreTrainedModel, parts: bool | Sequence[str] = True) -> None:
+    """Recompute activations of blocks in the backward, without reentry (PAINS 5). parts: vision, language; True: both.
 
     Transformers also makes the outputs of embeddings require a gradient, which only reentrant checkpoints need: a
     frozen tower would be recomputed and run backward for nothing.
     """
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()
+    if parts is True:
+        return
+    anatomy = anatomy_of(model)
+    for part, path in (("vision", anatomy.vision), ("language", anatomy.language)):
+        if part not in parts:
+            for module in model.get_submodule(path).modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.gradient_checkpointing = False
 
 
 @contextmanager
