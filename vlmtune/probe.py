@@ -41,7 +41,7 @@ class Probe:
         batch = self.batch.to(model.device)
         vlm = VLM(model)
         with torch.no_grad(), autocast(precision, model.device):
-            states = vlm(batch)
+            states = vlm(batch, every_state=False)
             tokens = token_cross_entropy(states.hidden, vlm.head, states.targets)
         sums = torch.zeros(len(batch.sample_ids), device=tokens.device).index_add(0, states.row, tokens.float())
         counts = torch.bincount(states.row, minlength=len(sums)).clamp(min=1)

@@ -87,7 +87,7 @@ def test_settings_of_a_method_are_taken_from_its_rule_but_the_rate_is_the_usual_
 def test_a_frozen_base_stays_in_bfloat16(llava):
     plan = [rule | ({"store": "bf16"} if rule["match"] == "language" else {}) for rule in PLANS["parts"]]
     arms = build_arms(config_of(llava, plan), ["full", "lora", "qlora", "ia3"], {})
-    assert [arm.config.plan[0].store for arm in arms] == ["fp32", "bf16", "nf4", "bf16"]
+    assert [arm.config.plan[0].store for arm in arms] == ["auto", "bf16", "nf4", "bf16"]
 
 
 def test_all_trials_are_of_one_length(llava):

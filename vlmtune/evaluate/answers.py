@@ -89,7 +89,7 @@ def sample_losses(model, encoder: Encoder, encoded: Sequence[Encoded], batch_siz
     vlm, found = VLM(model), []
     for start in range(0, len(encoded), batch_size):
         part = encoded[start : start + batch_size]
-        states = vlm(collate(part, encoder.pad_token_id).to(model.device))
+        states = vlm(collate(part, encoder.pad_token_id).to(model.device), every_state=False)
         losses = token_cross_entropy(states.hidden, vlm.head, states.targets).double()
         sums = torch.zeros(len(part), dtype=torch.double, device=losses.device).index_add(0, states.row, losses)
         found += (sums / torch.bincount(states.row, minlength=len(part))).tolist()

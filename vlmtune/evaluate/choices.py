@@ -81,7 +81,7 @@ def score_choices(
     for start in range(0, len(todo), batch_size):
         part = todo[start : start + batch_size]
         batch = collate([encoder.encode(sample) for _, _, sample in part], encoder.pad_token_id).to(model.device)
-        states = vlm(batch)
+        states = vlm(batch, every_state=False)
         losses = token_cross_entropy(states.hidden, vlm.head, states.targets).double()
         sums = torch.zeros(len(part), dtype=torch.double, device=losses.device).index_add(0, states.row, losses)
         counts = torch.bincount(states.row, minlength=len(part))

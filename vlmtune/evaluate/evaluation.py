@@ -171,7 +171,7 @@ def _teacher_forced(
     for start in range(0, len(samples), batch_size):
         encoded = [encoder.encode(sample) for sample in samples[start : start + batch_size]]
         batch = collate(encoded, encoder.pad_token_id).to(model.device)
-        states = vlm(batch)
+        states = vlm(batch, every_state=readouts is not None)
         losses = token_cross_entropy(states.hidden, vlm.head, states.targets).double()
         for row in range(len(batch.tasks)):
             mine = losses[states.row == row]

@@ -72,7 +72,7 @@ class Exposure:
         if not bool(chosen.any()):
             return ids
         with torch.no_grad():
-            hidden = vlm(batch).hidden[chosen[carries]]
+            hidden = vlm(batch, every_state=False).hidden[chosen[carries]]
             said = torch.cat([vlm.head(rows).argmax(-1) for rows in hidden.split(ROWS_AT_ONCE)])
         read = ids.clone()
         read[:, 1:][chosen] = torch.where(torch.isin(said, kept), ids[:, 1:][chosen], said)
