@@ -8,6 +8,7 @@ step, so that the stop-watch sees it.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,15 +24,16 @@ Sizes = tuple[int, int, int]
 
 
 class Memory:
-    """Operands and results, one buffer for each size, filled once."""
+    """Operands and results: a buffer for each role, as large as the largest of them."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype, self.kept = dtype, {}
 
     def of(self, role: str, *shape: int) -> Tensor:
-        if (role, shape) not in self.kept:
-            self.kept[role, shape] = torch.randn(shape).to(self.dtype)
-        return self.kept[role, shape]
+        size = math.prod(shape)
+        if role not in self.kept or len(self.kept[role]) < size:
+            self.kept[role] = torch.randn(size).to(self.dtype)
+        return self.kept[role][:size].view(shape)
 
     def multiply(self, m: int, k: int, n: int) -> None:
         torch.mm(self.of("left", m, k), self.of("right", k, n), out=self.of("out", m, n))

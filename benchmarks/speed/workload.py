@@ -10,6 +10,7 @@ import io
 import json
 import math
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ def write_model(folder: Path, shape: Shape, gguf: Path) -> None:
 
 def _write_tokenizer(folder: Path, gguf: Path) -> Tokenizer:
     """SmolLM2's pieces, split and marked as Qwen-VL does it, with its chat template."""
+    sys.path.append(str(gguf.parent.parent))  # where install.py put what reads it
     from gguf import GGUFReader
 
     fields = GGUFReader(str(gguf)).fields
