@@ -45,7 +45,7 @@ class Start:
     environment: dict[str, str]
 
 
-def ours(job: Job, python: Path, cached: bool = False, more: tuple[str, ...] = ()) -> Start:
+def ours(job: Job, python: Path, cached: bool = False) -> Start:
     config = {
         "model": str(job.model), "run": str(job.folder / "run"),
         "data": {"train": [{"path": str(job.data / "ours.jsonl")}], "workers": 0, "max_length": None},
@@ -59,7 +59,7 @@ def ours(job: Job, python: Path, cached: bool = False, more: tuple[str, ...] = (
     }  # fmt: skip
     path = job.folder / "config.yaml"
     path.write_text(json.dumps(config))
-    settings = [*more, *(["data.vision_cache=8GB"] if cached else [])]
+    settings = ["data.vision_cache=8GB"] if cached else []
     environment = {"VLMTUNE_CACHE": str(job.folder / "cache")}
     return Start([str(python), "-m", "vlmtune", "train", str(path), *settings], environment)
 

@@ -35,6 +35,13 @@ def prepared(folder, rules=full_rules):
     return model.eval()  # no dropout, BatchNorm with fixed statistics: batch statistics depend on the micro-batch
 
 
+def train_mode(model, name: str) -> None:
+    """As in training, but for the embedded tower: with BatchNorm in training, steps would see statistics in motion."""
+    set_training_mode(model)
+    if name == "embedded":
+        model.model.vision_tower.eval()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batch_times_accumulation(name, model_folder, encoded):
     """Class 1: 8x1 = 4x2 = 1x8, with unequal reply lengths, two tasks and one sample without an image."""
@@ -98,9 +105,7 @@ def test_packed_equals_padded(name, model_folder, encoded):
     assert not packed.sequence[~real].any()
     for name_of in ("targets", "kinds", "row", "weights"):
         assert torch.equal(getattr(packed, name_of), getattr(padded, name_of))
-    set_training_mode(model)
-    if name == "embedded":
-        model.model.vision_tower.eval()
+    train_mode(model, name)
     off = loss_and_gradients(model, [batch])
     checkpoint_activations(model)
     on = loss_and_gradients(model, [batch])
@@ -119,10 +124,10 @@ def test_the_last_block_computes_what_is_read(name, rules, model_folder, encoded
     rows: list[int] = []
     block.mlp.gate_proj.register_forward_hook(lambda module, args, out: rows.append(out.shape[-2]))
     short = loss_and_gradients(model, [batch])
+    assert block.mlp(torch.zeros(8, model.config.get_text_config().hidden_size)).shape[0] == 8  # called alone: whole
+    rows.pop()
     checkpoint_activations(model)
-    set_training_mode(model)
-    if name == "embedded":
-        model.model.vision_tower.eval()
+    train_mode(model, name)
     again = loss_and_gradients(model, [batch])
     compute_everything(model)
     everything = loss_and_gradients(model, [batch])
@@ -230,9 +235,7 @@ def test_gradient_checkpointing(name, rules, model_folder, encoded):
     encoder, samples = encoded(name)
     batches = micro_batches(encoder, samples, 4)
     model = prepared(model_folder(name), rules)
-    set_training_mode(model)
-    if name == "embedded":
-        model.model.vision_tower.eval()  # training BatchNorm, off and on would see statistics in motion
+    train_mode(model, name)
     layer = model.get_submodule(anatomy_of(model).language_layers)[0]
     calls: list[bool] = []
     layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(True))
@@ -259,9 +262,7 @@ def test_gradient_checkpointing_of_one_part(name, part, model_folder, encoded):
     encoder, samples = encoded(name)
     batches = micro_batches(encoder, samples, len(samples))
     model = prepared(model_folder(name))
-    set_training_mode(model)
-    if name == "embedded":
-        model.model.vision_tower.eval()
+    train_mode(model, name)
     anatomy, calls = anatomy_of(model), {"vision": 0, "language": 0}
     for side, path in (("vision", anatomy.vision_layers), ("language", anatomy.language_layers)):
 

@@ -72,8 +72,8 @@ class _Reading:
         return args[0][:, self.rows], *args[1:]
 
     def put_back(self, feed_forward: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """float[1, T, D], zero where nobody reads."""
-        if self.rows is None:
+        """float[1, T, D], zero where nobody reads. What was heard is forgotten: a call of the part alone is whole."""
+        rows, self.rows = self.rows, None
+        if rows is None:
             return None
-        whole = output.new_zeros(1, self.length, output.shape[-1])
-        return whole.index_copy_(1, self.rows, output)
+        return output.new_zeros(1, self.length, output.shape[-1]).index_copy_(1, rows, output)
