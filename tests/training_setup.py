@@ -187,11 +187,12 @@ def make_trainer(
     over: Mapping[str, Piecewise] | None = None,
     parts: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    eps: float = 1e-8,
     **settings,
 ) -> Setup:
     """A trainer over `data`, 4 samples a step, seeded, float32; `settings` override `Settings` fields.
 
-    over: rule -> factor on its learning rate over progress; parts: further arguments of `Trainer`.
+    eps: of AdamW; over: rule -> factor on its learning rate over progress; parts: further arguments of `Trainer`.
     """
     torch.manual_seed(0)
     model, encoder, new = extend(model_folder, new_tokens, convention)
@@ -227,7 +228,7 @@ def make_trainer(
         model,
         plan,
         Objective(),
-        build_adamw(plan.optimizer_groups(), (0.9, 0.999), 1e-8),
+        build_adamw(plan.optimizer_groups(), (0.9, 0.999), eps),
         lambda start, stop: load_steps(steps, start, stop, workers),
         Settings(**wishes | settings),
         folder,

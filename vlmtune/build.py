@@ -49,6 +49,7 @@ NOT_FINGERPRINTED = (
     ("data", "eval"),
     ("train", "threads"),
     ("train", "log_every"),
+    ("train", "rank_timeout"),
     ("checkpoint", "keep"),
     ("checkpoint", "patience"),
     ("stability",),  # says what to do about a failure, so that a run can go on after one

@@ -75,6 +75,7 @@ def build_settings(config: Config, sizes: Sequence[int | None], precision: Preci
         patience=config.checkpoint.patience,
         delta=config.checkpoint.delta or 0.0,
         statistics_every=interval(config.stability.statistics),
+        seed=config.train.seed,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,22 +42,45 @@ def train(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="look at the start, the settings and memory before training")
     ] = True,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="processes on this machine that share every step (torchrun)")
+    ] = None,
 ) -> None:
     """Train, or continue a run that was interrupted; of a chain of stages, all of them."""
     from vlmtune.config import Chain, load_config, load_run_config
 
+    if nproc is not None and nproc > 1:
+        raise typer.Exit(_start_processes(nproc))
+
     picks = any(override.startswith("stage=") for override in overrides or [])
     load = load_config if picks else load_run_config
     wish = load(config, overrides or [])  # a wrong config is refused before the heavy imports
+    from vlmtune.processes import joined
     from vlmtune.run import train as run
     from vlmtune.stages import train_chain
 
     again = "the same command without --restart continues" if restart else "the same command continues"
-    with StopRequest(again).listening() as stop:
-        if isinstance(wish, Chain):
-            train_chain(wish, console, restart, stop, check)
+    is_chain = isinstance(wish, Chain)
+    first = next(iter(wish.stages.values())) if is_chain else wish
+    with StopRequest(again).listening() as stop, joined(first.train.rank_timeout) as processes:
+        restart = restart and not processes.is_restarted
+        if is_chain:
+            train_chain(wish, console, restart, stop, check, processes)
         else:
-            run(wish, console, restart, stop=stop, check=check)
+            run(wish, console, restart, stop=stop, check=check, processes=processes)
+
+
+def _start_processes(count: int) -> int:
+    """This command without --nproc, in `count` processes; returns the exit code of the first that failed, or 0.
+
+    Raises VlmtuneError inside of one of several processes.
+    """
+    from vlmtune.processes import launch
+
+    if "WORLD_SIZE" in os.environ:
+        raise VlmtuneError("--nproc: torchrun has started this process already; leave --nproc out.")
+    words = [word for before, word in pairwise(sys.argv) if not word.startswith("--nproc") and before != "--nproc"]
+    return launch(count, ["-m", "vlmtune", *words])
 
 
 @app.command()
@@ -447,7 +471,7 @@ def main() -> None:
     try:
         app()
     except VlmtuneError as error:
-        errors.print("[bold red]error:[/] ", end="")
+        errors.print(f"[bold red]error:[/] {_rank()}", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except Interrupted as interrupted:
@@ -469,6 +493,11 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("interrupted; the same command (without --restart) continues from the last checkpoint")
         sys.exit(130)
+
+
+def _rank() -> str:
+    """Of this process, for messages that several of them write to one place."""
+    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 if __name__ == "__main__":

@@ -379,7 +379,8 @@ def investigator(folder: Path, trainer: Trainer, encoder: Encoder, steps: Steps)
             "scale_history": [past.scale for past in trainer.history],
         }
         diagnosis = diagnose_step(trainer, failure.micro_batches, rng, encoder)
-        place = folder / "failures" / failure_name(state.step + 1)
+        rank = trainer.processes.rank
+        place = folder / "failures" / (failure_name(state.step + 1) + (f"_rank{rank}" if rank else ""))
         trainer.write(place / "checkpoint")
         save_failure(place, failure.micro_batches, record, rng, diagnosis, encoder)
         return f"{diagnosis.sentence[0].upper()}{diagnosis.sentence[1:]} Saved in {place}."

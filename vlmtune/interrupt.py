@@ -64,7 +64,7 @@ class StopRequest:
     def raise_if_asked(self) -> None:
         """Raise Interrupted if a signal came."""
         if self.number is not None:
-            raise self._interrupted(self.number)
+            raise self.interrupted(self.number)
 
     @contextlib.contextmanager
     def _deferring(self, value: bool) -> Iterator[None]:
@@ -77,9 +77,10 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first, self.number = self.number is None, number
         if not (self._is_deferred and is_first):
-            raise self._interrupted(number)
+            raise self.interrupted(number)
 
-    def _interrupted(self, number: int) -> Interrupted:
+    def interrupted(self, number: int) -> Interrupted:
+        """What is raised for a signal."""
         return Interrupted(number, f"stopped by {signal.Signals(number).name}; {self.again}")
 
 

@@ -47,6 +47,8 @@ from vlmtune.observe.log import CountingBar
 from vlmtune.optim.optimizer import usable_here
 from vlmtune.optim.precision import bf16_is_fast, resolve_precision
 from vlmtune.probe import SAMPLES, Probe
+from vlmtune.processes import ALONE, Processes
+from vlmtune.same_run import share_of
 from vlmtune.start import (
     Phase,
     check_start,
@@ -84,31 +86,38 @@ class Prepared:
 
 
 def prepare(
-    config: Config, device: torch.device, console: Console, check: bool = True, base: Base | None = None
+    config: Config,
+    device: torch.device,
+    console: Console,
+    check: bool = True,
+    base: Base | None = None,
+    processes: Processes = ALONE,
 ) -> Prepared:
     """Build all parts, count the data, apply the plan, and check how everything begins.
 
-    check: look at the start, the settings and memory; base: where it is loaded already (it is changed).
+    check: look at the start, the settings and memory; base: where it is loaded already (it is changed); processes: all
+    that share the steps: the first of each machine assembles, indexes and counts what the others then find there.
     Raises VlmtuneError for whatever cannot be built, and for the first part that begins wrongly.
     """
     precision = resolve_precision(config.train.precision, device)
     rules = training_policies(config, precision)
-    base = base or load_base(config, rules=rules)
-    model = base.model
-    encoder = build_encoder(base.processor, model, config.data)
-    train_set = build_train(config.data)
-    sources, weights = [member.source for member in train_set], [member.weight for member in train_set]
-    groups = build_eval_groups(config)
-    for line in describe_sources(sources, groups):
-        console.print(f"data: {line}", highlight=False, markup=False)
-    optimizer_remark = usable_here(config.optim.name, device)[1]
-    remarks = [remark for remark in (base.remark, optimizer_remark) if remark]
-    for line in [*remarks, *remarks_on_prompts(config, encoder)]:
-        console.print(f"note: {line}", highlight=False, markup=False)
-    if base.new_tokens:
-        console.print(describe_new_tokens(base), highlight=False, markup=False)
-    with CountingBar(console) as bar:
-        fitted = fit_data(config, encoder, sources, groups, bar)
+    with processes.first_of_machine_first("model and data"):
+        base = base or load_base(config, rules=rules)
+        model = base.model
+        encoder = build_encoder(base.processor, model, config.data)
+        train_set = build_train(config.data)
+        sources, weights = [member.source for member in train_set], [member.weight for member in train_set]
+        groups = build_eval_groups(config)
+        for line in describe_sources(sources, groups):
+            console.print(f"data: {line}", highlight=False, markup=False)
+        optimizer_remark = usable_here(config.optim.name, device)[1]
+        remarks = [remark for remark in (base.remark, optimizer_remark) if remark]
+        for line in [*remarks, *remarks_on_prompts(config, encoder)]:
+            console.print(f"note: {line}", highlight=False, markup=False)
+        if base.new_tokens:
+            console.print(describe_new_tokens(base), highlight=False, markup=False)
+        with CountingBar(console) as bar:
+            fitted = fit_data(config, encoder, sources, groups, bar)
     sources, groups = fitted.sources, fitted.groups
     for line in describe_surveys(config, fitted):
         console.print(f"data: {line}", highlight=False, markup=False)
@@ -127,6 +136,7 @@ def prepare(
     for line in apply_formats(model, plan, config):
         console.print(line, highlight=False, markup=False)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)
+    steps.share = share_of(processes, sources, fitted.of_train)
     batches = first_micro_batches(steps)
     findings = check_start(model, plan, encoder, batches[0], precision) if check else []
     findings += start_fast(model, plan, config.train.fused, config.train.packing, batches[-1], precision, check)

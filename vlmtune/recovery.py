@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,19 +31,22 @@ class Recovery:
 class NonFinite(Exception):
     """A step whose loss or gradients are NaN or infinite, or that has ids beyond the vocabulary; nothing was updated.
 
-    what: what was seen. step: 0-based; micro_batches: of the step; cause: what an investigation found.
+    what: what was seen; ranks: of the processes whose losses are not finite (none: only gradients are not). step:
+    0-based; micro_batches: of the step, those of this process; sample_ids: of the processes in `ranks`, or of all;
+    cause: what an investigation found.
     """
 
     remedy = "Lower optim.lr, or set stability.nonfinite to skip or rewind; `vlmtune doctor` looks at the batch again."
 
-    def __init__(self, what: str):
+    def __init__(self, what: str, ranks: Sequence[int] = ()):
         super().__init__(what)
-        self.what, self.cause = what, ""
+        self.what, self.ranks, self.cause = what, list(ranks), ""
         self.step = 0
         self.micro_batches: list[Batch] = []
+        self.sample_ids: list[str] = []
 
     def __str__(self) -> str:
-        ids = [sample_id for batch in self.micro_batches for sample_id in batch.sample_ids]
+        ids = self.sample_ids
         shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
         return f"step {self.step + 1}: not finite: {self.what}; nothing was updated. Samples of this step: {shown}." + (
             f" {self.cause}" if self.cause else ""

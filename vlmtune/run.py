@@ -14,7 +14,8 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -53,6 +54,8 @@ from vlmtune.outcome import evaluation_record, metrics_table, summarise
 from vlmtune.paths import alone_in, require_folder, write_text
 from vlmtune.prepare import Prepared, prepare, probe_of
 from vlmtune.probe import require_same_losses
+from vlmtune.processes import ALONE, Processes
+from vlmtune.same_run import require_same_config, require_same_data
 from vlmtune.samples import Gallery, SampleWriter
 from vlmtune.sealed import finite, read_json
 from vlmtune.start import (
@@ -81,17 +84,24 @@ def train(
     observers: Sequence[Observer] = (),
     stop: StopRequest | None = None,
     check: bool = True,
+    processes: Processes = ALONE,
 ) -> dict:
     """Run (or continue) the training a config describes; returns the summary that is also written to summary.json.
 
     observers: told of the run besides those that write its folder. stop: asks it to end; by default nobody does.
-    check: look at the start, the settings and memory first, and refuse what cannot go well.
+    check: look at the start, the settings and memory first, and refuse what cannot go well. processes: all that train
+    together, each of which calls this with the same arguments; the first one writes and talks.
     Raises VlmtuneError before anything is written for a config whose run folder cannot be written or belongs to
     another config, and during the run for whatever stops it; Interrupted where `stop` was asked to.
     """
-    require_folder(Path(config.run), "run folder", "set run=…")
-    with alone_in(Path(config.run)):
-        return _train(config, console, restart, observers, stop, check)
+    require_same_config(processes, config, restart)
+    with ExitStack() as held:
+        with processes.agreed("run folder"):
+            if processes.is_first:
+                require_folder(Path(config.run), "run folder", "set run=…")
+                held.enter_context(alone_in(Path(config.run)))
+        console = console if processes.is_first else Console(quiet=True)
+        return _train(config, console, restart, observers, stop, check, processes)
 
 
 def _train(
@@ -101,24 +111,105 @@ def _train(
     observers: Sequence[Observer],
     stop: StopRequest | None,
     check: bool,
+    processes: Processes,
 ) -> dict:
     folder = Path(config.run)
     fingerprint = config_fingerprint(fingerprint_tree(config))
-    checkpoint = prepare_folder(config, fingerprint, restart, console)
+    checkpoint = _common_checkpoint(config, fingerprint, restart, console, processes)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     if checkpoint is not None:
         read_before(folder / "before.json")  # a damaged one is said now, not after the training
     device = best_device()
     torch.manual_seed(config.train.seed)
-    made = prepare(config, device, console, check)
-    require_no_failure(made.judged, "check")
-    require_disk(folder / "checkpoints", made.model, made.plan, config, console)
-    open_folder(config, made, checkpoint, restart, device, check)
+    with processes.agreed("preparation"):
+        made = prepare(config, device, console, check, processes=processes)
+        require_no_failure(made.judged, "check")
+    require_same_data(processes, made.sources, made.fitted.of_train, made.plan)
+    with processes.agreed("start"):
+        if processes.is_first:
+            require_disk(folder / "checkpoints", made.model, made.plan, config, console)
+            open_folder(config, made, checkpoint, restart, device, check)
+            _describe(config, made, device, check, processes.size, console)
+    _measure_before(config, made, checkpoint, console, processes)
+
+    optimizer = build_optimizer(config, made.plan, made.objective, device)
+    cache = None if config.data.vision_cache is None else VisionCache.of(config, made)
+    if cache is not None:
+        console.print(cache.described(), highlight=False, markup=False)
+    tower = build_tower(made.model, config)
+    if tower is not None and processes.size > 1:
+        raise VlmtuneError(
+            "plan: batchnorm: sync normalises over the images of one process, and there are several; say batchnorm: "
+            "frozen."
+        )
+    own = _Told.of(config, made, optimizer, checkpoint, device, console, observers) if processes.is_first else None
+
+    def evaluated(step: int) -> dict[str, float]:
+        measured = measure(config, made, config.evaluate.limit, processes)
+        if own is not None:
+            own.samples.take(step, measured.scored)
+        return measured.metrics
+
+    trainer = Trainer(
+        made.model, made.plan, made.objective, optimizer,
+        step_loader(made.steps if cache is None else cache.steps, config.data.workers), made.settings,
+        folder / "checkpoints", fingerprint, device, () if own is None else own.observers,
+        evaluated if made.groups else None,
+        made.steps.order if isinstance(made.steps.order, TemperatureOrder) else None,
+        build_recovery(config), probe_of(made.steps),
+        () if own is None else (own.history.path, own.history.gradients), stop,
+        tower, vision=None if cache is None else cache.vision, processes=processes,
+    )  # fmt: skip
+    trainer.investigate = investigator(folder, trainer, made.encoder, made.steps)
+    if checkpoint is not None:
+        with processes.agreed("resume"):
+            trainer.resume(checkpoint)
+            require_same_losses(checkpoint, read_state(checkpoint), made.model, made.settings.precision)
+        console.print(f"continuing from {checkpoint} (step {trainer.state.step})")
+    with ExitStack() as watching:
+        if own is not None:
+            watching.callback(own.board.close)
+            own.meter.start()
+        try:
+            with nullcontext() if own is None else own.progress:
+                state = trainer.fit()
+        finally:
+            if cache is not None:
+                console.print(cache.close(), highlight=False, markup=False)
+        if state.stopped:
+            console.print(f"stopped early at step {state.step}: {state.stopped}", highlight=False, markup=False)
+        return finish(config, made, state, console, own, processes)
+
+
+def _common_checkpoint(
+    config: Config, fingerprint: str, restart: bool, console: Console, processes: Processes
+) -> Path | None:
+    """What the first process continues from, if all can read it."""
+
+    def chosen() -> str | None:
+        found = prepare_folder(config, fingerprint, restart, console)
+        return None if found is None else found.name
+
+    name = processes.on_first("checkpoint", chosen)
+    checkpoint = None if name is None else Path(config.run) / "checkpoints" / name
+    with processes.agreed("checkpoint"):
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise VlmtuneError(
+                f"{checkpoint} is not on {platform.node()}; put the run folder on a file system that all machines "
+                "share."
+            )
+    return checkpoint
+
+
+def _describe(
+    config: Config, made: Prepared, device: torch.device, check: bool, processes: int, console: Console
+) -> None:
+    """Say what will happen, and keep what the sources are made of."""
+    folder, sources, steps, settings = Path(config.run), made.sources, made.steps, made.settings
     describe_start(made.model, made.plan, made.findings, made.judged, console)
     if not check:
         console.print("check: not looked at (--no-check)", highlight=False)
-    sources, steps, settings = made.sources, made.steps, made.settings
     some = [(source, made.encoder.encode(sources[source][row])) for source, row in loss_samples(steps)]
     rows = composition(steps, sources, some)
     write_text(folder / "composition.json", json.dumps(rows, indent=1))
@@ -131,77 +222,78 @@ def _train(
         f"{settings.total_steps} steps of {config.train.batch_size} samples "
         f"({steps.room}), {settings.precision} on "
         f"{device.type}, {torch.get_num_threads()} threads"
+        + (f", {processes} processes share every step" if processes > 1 else "")
         + (f", learning rates x {scaling:g} for the batch size" if scaling != 1 else "")
         + f"; run folder {folder}",
         highlight=False,
     )
-    before_file = folder / "before.json"
-    from_step = read_state(checkpoint)["state"]["step"] if checkpoint else 0
-    if checkpoint is None:  # a run killed before its first checkpoint may have had another config
-        before_file.unlink(missing_ok=True)
-    if made.groups and not before_file.exists() and checkpoint is None:
-        console.print("evaluation before training …")
-        measured = measure(config, made, None)
-        require_best(config.checkpoint.best, measured.metrics)
+
+
+def _measure_before(
+    config: Config, made: Prepared, checkpoint: Path | None, console: Console, processes: Processes
+) -> None:
+    """Evaluate before the first step, where there is something to evaluate and nobody has."""
+    before_file = Path(config.run) / "before.json"
+
+    def is_wanted() -> bool:
+        if checkpoint is None:  # a run killed before its first checkpoint may have had another config
+            before_file.unlink(missing_ok=True)
+        return bool(made.groups) and checkpoint is None
+
+    if not processes.on_first("whether to evaluate", is_wanted):
+        return
+    console.print("evaluation before training …")
+    measured = measure(config, made, None, processes)
+    require_best(config.checkpoint.best, measured.metrics)
+    if processes.is_first:
         write_text(before_file, json.dumps(finite(evaluation_record(measured))))
 
-    wish = config.evaluate
-    gallery = Gallery(made.groups, wish.limit, wish.gallery if wish.generate else 0)
-    gallery.write(folder, gallery.recorded(read_before(before_file)))
 
-    meter = PeakMeter(device, held_bytes(made.model))
-    by_source = count_samples(steps.order, sources)
-    memory = partial(used_bytes, device)
-    history = History(folder / "history.jsonl", settings.log_every, from_step, by_source, memory, settings.total_steps)
-    board = TensorBoard(folder / "tensorboard", settings.log_every, from_step, by_source, settings.total_steps)
-    progress = ProgressLine(console, settings.total_steps, settings.log_every)
-    samples = SampleWriter(
-        gallery, made.model, made.encoder, history, console, samples_every(config, [source.size for source in sources]),
-        wish.max_new_tokens, wish.batch_size, settings.precision,
-    )  # fmt: skip
-    optimizer = build_optimizer(config, made.plan, made.objective, device)
-    cache = None if config.data.vision_cache is None else VisionCache.of(config, made)
-    if cache is not None:
-        console.print(cache.described(), highlight=False, markup=False)
-    told = [
-        history, board, progress, samples, PageWriter(folder, every_seconds=20),
-        MemoryReport(made.predictions[0].predicted, meter, console, folder / "memory.json", checkpoint is not None),
-        *observers,
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class _Told:
+    """Whoever is told of a run by the process that writes its folder. observers: all of them."""
 
-    def evaluated(step: int) -> dict[str, float]:
-        measured = measure(config, made, wish.limit)
-        samples.take(step, measured.scored)
-        return measured.metrics
+    gallery: Gallery
+    meter: PeakMeter
+    history: History
+    board: TensorBoard
+    progress: ProgressLine
+    samples: SampleWriter
+    observers: list[Observer]
 
-    trainer = Trainer(
-        made.model, made.plan, made.objective, optimizer,
-        step_loader(steps if cache is None else cache.steps, config.data.workers), settings,
-        folder / "checkpoints", fingerprint, device,
-        [*told, Health(told, optimizer, settings.rates, settings.total_steps, settings.phases(), device)],
-        evaluated if made.groups else None,
-        steps.order if isinstance(steps.order, TemperatureOrder) else None,
-        build_recovery(config), probe_of(steps), [history.path, history.gradients], stop,
-        build_tower(made.model, config), vision=None if cache is None else cache.vision,
-    )  # fmt: skip
-    trainer.investigate = investigator(folder, trainer, made.encoder, steps)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        require_same_losses(checkpoint, read_state(checkpoint), made.model, settings.precision)
-        console.print(f"continuing from {checkpoint} (step {trainer.state.step})")
-    meter.start()
-    try:
-        try:
-            with progress:
-                state = trainer.fit()
-        finally:
-            if cache is not None:
-                console.print(cache.close(), highlight=False, markup=False)
-        if state.stopped:
-            console.print(f"stopped early at step {state.step}: {state.stopped}", highlight=False, markup=False)
-        return finish(config, made, state, folder, console, (history, board), gallery)
-    finally:
-        board.close()
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        made: Prepared,
+        optimizer: torch.optim.Optimizer,
+        checkpoint: Path | None,
+        device: torch.device,
+        console: Console,
+        others: Sequence[Observer],
+    ) -> _Told:
+        folder, settings, wish = Path(config.run), made.settings, config.evaluate
+        gallery = Gallery(made.groups, wish.limit, wish.gallery if wish.generate else 0)
+        gallery.write(folder, gallery.recorded(read_before(folder / "before.json")))
+        meter = PeakMeter(device, held_bytes(made.model))
+        from_step = read_state(checkpoint)["state"]["step"] if checkpoint else 0
+        by_source = count_samples(made.steps.order, made.sources)
+        every, total = settings.log_every, settings.total_steps
+        history = History(folder / "history.jsonl", every, from_step, by_source, partial(used_bytes, device), total)
+        board = TensorBoard(folder / "tensorboard", every, from_step, by_source, total)
+        progress = ProgressLine(console, total, every)
+        samples = SampleWriter(
+            gallery, made.model, made.encoder, history, console,
+            samples_every(config, [source.size for source in made.sources]),
+            wish.max_new_tokens, wish.batch_size, settings.precision,
+        )  # fmt: skip
+        told = [
+            history, board, progress, samples, PageWriter(folder, every_seconds=20),
+            MemoryReport(made.predictions[0].predicted, meter, console, folder / "memory.json", checkpoint is not None),
+            *others,
+        ]  # fmt: skip
+        health = Health(told, optimizer, settings.rates, total, settings.phases(), device)
+        return cls(gallery, meter, history, board, progress, samples, [*told, health])
 
 
 def open_folder(
@@ -239,40 +331,49 @@ def open_folder(
     write_text(folder / "start.json", json.dumps(findings, indent=1))
 
 
-def measure(config: Config, made: Prepared, limit: int | None) -> Evaluation:
+def measure(config: Config, made: Prepared, limit: int | None, processes: Processes) -> Evaluation:
     """Of all held-out groups. limit: samples per source."""
     made.model.eval()
     wish = config.evaluate
     return evaluate(
         made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
-        choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics,
+        choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics, processes=processes,
     )  # fmt: skip
 
 
 def finish(
-    config: Config,
-    made: Prepared,
-    state: TrainState,
-    folder: Path,
-    console: Console,
-    told: Sequence[Observer],
-    gallery: Gallery,
+    config: Config, made: Prepared, state: TrainState, console: Console, own: _Told | None, processes: Processes
 ) -> dict:
-    """Evaluate what was trained, and write the samples, the summary and the report. told: of this evaluation."""
-    after = None
+    """Evaluate what was trained, and write the samples, the summary and the report. own: of the first process."""
+    folder, after = Path(config.run), None
     if made.groups:
         console.print("evaluation after training …")
         rng = torch.get_rng_state()
-        after = measure(config, made, None)
+        after = measure(config, made, None, processes)
         torch.set_rng_state(rng)
-        for observer in told:
-            observer.on_eval(state, after.metrics)
     before = read_before(folder / "before.json")
     by_source = count_samples(made.steps.order, made.sources)
     summary = summarise(before, after, state, made.settings.total_steps, by_source(state.samples))
+    with processes.agreed("summary"):
+        if own is not None:
+            _write_summary(folder, summary, before, after, state, console, own)
+    return summary
+
+
+def _write_summary(
+    folder: Path,
+    summary: dict,
+    before: dict | None,
+    after: Evaluation | None,
+    state: TrainState,
+    console: Console,
+    own: _Told,
+) -> None:
     if after is not None:
-        gallery.write(folder, gallery.recorded(before), gallery.answers(after.scored))
+        for observer in (own.history, own.board):
+            observer.on_eval(state, after.metrics)
+        own.gallery.write(folder, own.gallery.recorded(before), own.gallery.answers(after.scored))
     write_text(folder / "summary.json", json.dumps(finite(summary), indent=1))  # last: it says that the run is finished
     page = write_page(folder)
     if summary["metrics"]:
@@ -283,7 +384,6 @@ def finish(
             "what was found is on the page", highlight=False,
         )  # fmt: skip
     console.print(f"trained {state.step} steps in {duration(state.seconds)}; report: {page}", highlight=False)
-    return summary
 
 
 def prepare_folder(config: Config, fingerprint: str, restart: bool, console: Console) -> Path | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from vlmtune.observe.page import write_page
 from vlmtune.observer import Observer
 from vlmtune.optim.precision import resolve_precision
 from vlmtune.paths import alone_in, require_folder, write_text
+from vlmtune.processes import ALONE, Processes
 from vlmtune.run import train
 from vlmtune.sealed import read_json
 from vlmtune.types import Finding, VlmtuneError
@@ -39,53 +42,77 @@ EVERY_SECONDS = 20  # between two looks at the running stage
 
 
 def train_chain(
-    chain: Chain, console: Console, restart: bool = False, stop: StopRequest | None = None, check: bool = True
+    chain: Chain,
+    console: Console,
+    restart: bool = False,
+    stop: StopRequest | None = None,
+    check: bool = True,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Run (or continue) all stages; returns what summary.json of the chain holds. check: as `run.train`.
+    """Run (or continue) all stages; returns what summary.json of the chain holds. check, processes: as `run.train`.
 
     Finished stages are left as they are, an unfinished one goes on where it was. Raises VlmtuneError before anything
     trains for a stage whose result cannot be merged and for a folder of another chain; Interrupted as `run.train`.
     """
     folder = Path(chain.run)
-    _require_mergeable(chain)
-    _require_readouts_once(chain)
-    _require_startable(chain)
-    _require_own_folder(folder, chain, restart)
-    with alone_in(folder):
-        return _train_stages(chain, folder, console, restart, stop, check)
+    with ExitStack() as held:
+        with processes.agreed("chain"):
+            _require_mergeable(chain)
+            _require_readouts_once(chain)
+            _require_startable(chain)
+            _require_own_folder(folder, chain, restart)
+        with processes.agreed("folder of the chain"):
+            if processes.is_first:
+                held.enter_context(alone_in(folder))
+                _open(folder, chain, restart)
+        console = console if processes.is_first else Console(quiet=True)
+        return _train_stages(chain, folder, console, stop, check, processes)
 
 
-def _train_stages(
-    chain: Chain, folder: Path, console: Console, restart: bool, stop: StopRequest | None, check: bool
-) -> dict[str, Any]:
+def _open(folder: Path, chain: Chain, restart: bool) -> None:
     if restart and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "stages.json", json.dumps(_described(chain), indent=1))  # first: it marks the folder of a chain
     write_text(folder / "config.yaml", dump_chain(chain))
+
+
+def _train_stages(
+    chain: Chain, folder: Path, console: Console, stop: StopRequest | None, check: bool, processes: Processes
+) -> dict[str, Any]:
     *_, last = chain.stages
+    summary: dict[str, Any] = {}
     for number, (name, config) in enumerate(chain.stages.items(), 1):
         console.rule(f"stage {number} of {len(chain.stages)}: {name}")
-        run = Path(config.run)
-        if _is_finished(config):
-            console.print(f"{run} is finished", highlight=False)
-            write_page(run)  # the last thing that a run does; it may have been killed before
-        else:
+        if not processes.on_first(f"stage {name}", partial(_is_finished, config)):
+            joined = [Joined(folder, chain)] if processes.is_first else []
             try:
-                train(config, console, observers=[Joined(folder, chain)], stop=stop, check=check)
+                train(config, console, observers=joined, stop=stop, check=check, processes=processes)
             except (Interrupted, VlmtuneError):
-                join(folder, chain)
+                if processes.is_first:
+                    join(folder, chain)
                 raise
-        if name != last and not (run / EXPORTED).exists():
-            for draft in run.glob(f".{EXPORTED}.*.tmp"):  # of a process that was killed
-                shutil.rmtree(draft)
-            export_run(run, "latest", run / EXPORTED, console)
-        summary = join(folder, chain)
+        elif processes.is_first:
+            console.print(f"{config.run} is finished", highlight=False)
+            write_page(Path(config.run))  # the last thing that a run does; it may have been killed before
+        summary = processes.on_first(
+            f"result of stage {name}", partial(_close_stage, folder, chain, config, name != last, console)
+        )
     console.print(stages_table(summary))
     console.print(
         f"all stages: {folder / 'report.html'}; use the last one: {Path(chain.stages[last].run)}", highlight=False
     )
     return summary
+
+
+def _close_stage(folder: Path, chain: Chain, config: Config, is_read_on: bool, console: Console) -> dict[str, Any]:
+    """is_read_on: another stage starts from the result of this one."""
+    run = Path(config.run)
+    if is_read_on and not (run / EXPORTED).exists():
+        for draft in run.glob(f".{EXPORTED}.*.tmp"):  # of a process that was killed
+            shutil.rmtree(draft)
+        export_run(run, "latest", run / EXPORTED, console)
+    return join(folder, chain)
 
 
 def _require_mergeable(chain: Chain) -> None:

@@ -3,8 +3,10 @@ to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,12 +55,21 @@ class StepLosses:
             ]
         ]
         sums: dict[tuple[str, str], float] = {}
-        values = torch.stack([value for _, value in named]).tolist()
+        values = torch.stack([value for _, value in named]).tolist() if named else []
         for (key, _), value in zip(named, values, strict=True):
             sums[key] = sums.get(key, 0.0) + value
         return cls(
-            sums[("total", "")],
+            sums.get(("total", ""), 0.0),
             {name: value for (group, name), value in sums.items() if group == "task"},
             {name: value for (group, name), value in sums.items() if group == "plain"},
             {name: value for (group, name), value in sums.items() if group == "term"},
         )
+
+    @classmethod
+    def over_all(cls, parts: Sequence[Mapping[str, Any]]) -> StepLosses:
+        """Of a step whose micro-batches were spread over processes. parts: `vars` of each one's."""
+        named: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "plain", "terms")}
+        for part in parts:
+            for name, sums in named.items():
+                sums.update(part[name])
+        return cls(sum(part["total"] for part in parts), **{name: dict(sums) for name, sums in named.items()})

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -41,6 +42,7 @@ from vlmtune.optim.precision import LossScale, Precision, autocast
 from vlmtune.optim.statistics import GradientStatistics
 from vlmtune.optim.unfreeze import set_active
 from vlmtune.probe import Probe
+from vlmtune.processes import ALONE, Processes, step_seed
 from vlmtune.recovery import NonFinite, Recovery, Snapshot
 from vlmtune.schedule import Rate
 from vlmtune.soundness import Soundness
@@ -57,7 +59,8 @@ class Settings:
     steps.
 
     rates: rule -> how its learning rate moves, and whether it trains; clip: limit of the joint gradient norm of rules
-    that are not in clip_by_rule; patience: evaluations that are not better by `delta` before the run stops.
+    that are not in clip_by_rule; patience: evaluations that are not better by `delta` before the run stops; seed: of
+    what several processes draw.
     """
 
     total_steps: int
@@ -74,6 +77,7 @@ class Settings:
     patience: int | None = None
     delta: float = 0.0
     statistics_every: int | None = None
+    seed: int = 0
 
     def phases(self) -> set[int]:
         """Steps at which some rule starts or stops to train, 0 included."""
@@ -114,7 +118,7 @@ class Trainer:
     whose losses every checkpoint records; companions: files of the run that every checkpoint copies; stop: asks the
     run to end; tower: runs the vision tower over all images of a step at once; investigate: is told of a step that is
     not finite, with the random state before it, and returns what caused it, in a sentence; vision: for steps whose
-    images come in place of pixels.
+    images come in place of pixels; processes: all that train this model together, each with its share of every step.
     """
 
     def __init__(
@@ -138,6 +142,7 @@ class Trainer:
         tower: SharedTower | None = None,
         investigate: Callable[[NonFinite, dict[str, Any]], str] | None = None,
         vision: CachedVision | None = None,
+        processes: Processes = ALONE,
     ):
         self.model, self.plan, self.optimizer = model, plan, optimizer
         self.module = TrainingModule(VLM(model, vision), objective)
@@ -145,6 +150,7 @@ class Trainer:
         self.device, self.observers, self.evaluate = device, observers, evaluate
         self.sampling, self.recovery, self.companions = sampling, recovery, companions
         self.stop, self.tower, self.investigate = stop or StopRequest(), tower, investigate
+        self.processes = processes
         self.groups = plan.groups()
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
@@ -156,12 +162,14 @@ class Trainer:
         self._buffers = trained_buffers(model, plan)
         self._rows = embedding_rows(model)
         self._saved_step: int | None = None
+        self._broken: list[int] = []  # ranks whose losses of this step are not finite
+        self._wish: int | None = None  # the signal that asked one of several processes to stop
 
     def resume(self, checkpoint: Path) -> None:
         """Continue exactly where `checkpoint` was written."""
         self._load(checkpoint)
         written = self.folder / checkpoint_name(self.state.step)
-        if written.is_dir():  # a kill may have come between writing it and naming it
+        if self.processes.is_first and written.is_dir():  # a kill may have come between writing it and naming it
             point(self.folder / "latest", written)
             if self.state.best_step == self.state.step:
                 point(self.folder / "best", written)
@@ -189,14 +197,14 @@ class Trainer:
 
         Raises Interrupted after the step in which a stop was asked for, with a checkpoint written.
         """
-        remove_leftovers(self.folder)
+        any_checkpoint = self.processes.on_first("leftovers", self._remove_leftovers)
         with self.stop.deferred():
             try:
                 self._activate(self.state.step)
                 set_training_mode(self.model)
                 if self.state.step == 0:
                     self.soundness.begin()
-                if self.recovery.rewinds and not checkpoints(self.folder):
+                if self.recovery.rewinds and not any_checkpoint:
                     self.save()  # something to go back to
                 if self._evaluation_is_due() and self.state.step != self.state.evaluated:
                     self.run_evaluation()  # a stop came between the step and its evaluation
@@ -208,12 +216,34 @@ class Trainer:
                 raise Interrupted(interrupted.number, f"{interrupted}; {where}.") from interrupted
         return self.state
 
+    def _remove_leftovers(self) -> bool:
+        """Returns whether there are checkpoints."""
+        remove_leftovers(self.folder)
+        return bool(checkpoints(self.folder))
+
+    def _loaded(self) -> Iterator[list[Batch]]:
+        """What `steps` gives. Data that one process cannot read stops all of them."""
+        batches = iter(self.steps(self.state.step, self.settings.total_steps))
+        while True:
+            with self.processes.agreed(f"data of step {self.state.step + 1}", patient=False):
+                micro_batches = next(batches, None)
+            if micro_batches is None:
+                return
+            yield micro_batches
+
+    def _stop_if_asked(self) -> None:
+        """Raise Interrupted if a signal came: of several processes, if all of them know."""
+        if self.processes.size == 1:
+            self.stop.raise_if_asked()
+        elif self._wish is not None:
+            raise self.stop.interrupted(self._wish)
+
     def _train_until_rewind(self) -> None:
         """Steps until the last one, until the run stops early, or until it has gone back and needs earlier data."""
         state = self.state
         before, started = state.seconds, time.perf_counter()
         arrived = started
-        for micro_batches in self.steps(state.step, self.settings.total_steps):
+        for micro_batches in self._loaded():
             waited = time.perf_counter() - arrived
             try:
                 metrics = self._attempt(micro_batches)
@@ -226,14 +256,14 @@ class Trainer:
             if self._jumped(metrics):
                 return
             if self._evaluation_is_due():
-                self.stop.raise_if_asked()
+                self._stop_if_asked()
                 self.run_evaluation()
             is_due = self._checkpoint_is_due() or state.stopped
             if is_due and self._saved_step != state.step:  # the evaluation saves what it finds best
                 self._save_if_sound()
             if state.stopped:
                 return
-            self.stop.raise_if_asked()
+            self._stop_if_asked()
             arrived = time.perf_counter()
 
     def _evaluation_is_due(self) -> bool:
@@ -253,14 +283,16 @@ class Trainer:
             self._activate(self.state.step)
         if self.state.step in self.state.skipped:
             return self._pass_over(micro_batches)
+        if self.processes.size > 1:  # what dropout draws depends on no history, so that any number of ranks goes on
+            torch.manual_seed(step_seed(self.settings.seed, self.state.step, self.processes.rank))
         before = Snapshot.of(self._buffers)
         try:
             return self.train_step(micro_batches)
         except NonFinite as failure:
             before.restore_buffers()
             failure.step, failure.micro_batches = self.state.step, micro_batches
-            if self.investigate is not None:
-                failure.cause = self.investigate(failure, before.rng_state())
+            failure.sample_ids = self._sample_ids(failure)
+            failure.cause = self._investigated(failure, before)
             before.restore_rng()
             self._forget_step()
             if self.recovery.nonfinite != "skip":
@@ -280,20 +312,9 @@ class Trainer:
         state, settings, objective = self.state, self.settings, self.module.objective
         lr = set_learning_rates(self.optimizer, lambda rule: state.lr_scale * settings.rates[rule].factor(state.step))
         weights = objective.weights(micro_batches, state.step / settings.total_steps)
+        weights = weights.over_all(self.processes.gather(f"weights of step {state.step + 1}", weights.counted()))
         scale = 1.0 if self.scale is None else self.scale.value
-        parts: list[Losses] = []
-        if self.tower is not None:
-            with autocast(settings.precision, self.device):
-                self.tower.begin(micro_batches)
-        for number, batch in enumerate(micro_batches):
-            with autocast(settings.precision, self.device):
-                losses = self._forward(number, batch, weights)  # sums / global weight: they add up
-            if losses.total.requires_grad:  # text alone reaches nothing where only vision and projector train
-                (losses.total * scale).backward()
-            parts.append(losses.detach())
-        if self.tower is not None:
-            self.tower.finish()
-        sums = StepLosses.of(parts)
+        sums = self._add_up(*self._differentiate(micro_batches, weights, scale), weights)
         if state.step in self._phases:
             self.refuse_missing_gradients()
         if self.scale is not None:
@@ -326,6 +347,72 @@ class Trainer:
             "norms": norms, "lr": lr, "scale": scale, "statistics": rows, **counted,
         }  # fmt: skip
 
+    def _differentiate(
+        self, micro_batches: list[Batch], weights: StepWeights, scale: float
+    ) -> tuple[StepLosses, NonFinite | None]:
+        """Forward and backward of this process's share: its losses, and why they are not all there."""
+        parts: list[Losses] = []
+        failure = None
+        if self.tower is not None:
+            with autocast(self.settings.precision, self.device):
+                self.tower.begin(micro_batches)
+        try:
+            for number, batch in enumerate(micro_batches):
+                self.processes.at(
+                    f"step {self.state.step + 1}, micro-batch {number + 1} of {len(micro_batches)}", batch.sample_ids
+                )
+                with autocast(self.settings.precision, self.device):
+                    losses = self._forward(number, batch, weights)  # sums / global weight: they add up
+                if losses.total.requires_grad:  # text alone reaches nothing where only vision and projector train
+                    (losses.total * scale).backward()
+                parts.append(losses.detach())
+        except NonFinite as broken:
+            failure = broken
+        if self.tower is not None:
+            self.tower.finish()
+        return StepLosses.of(parts), failure
+
+    def _add_up(self, own: StepLosses, failure: NonFinite | None, weights: StepWeights) -> StepLosses:
+        """Losses and gradients of all processes. Raises NonFinite in all of them where one has one."""
+        training = [p for p in (*self.plan.parameters.values(), *self.module.objective.parameters()) if p.requires_grad]
+        step = f"step {self.state.step + 1}"
+        told = self.processes.gather(
+            f"losses of {step}",
+            {
+                "losses": vars(own), "failure": None if failure is None else failure.what, "wish": self.stop.number,
+                "reached": "".join("1" if p.grad is not None else "0" for p in training),
+            },
+        )  # fmt: skip
+        self._wish = next((part["wish"] for part in told if part["wish"] is not None), None)
+        if failures := {rank: part["failure"] for rank, part in enumerate(told) if part["failure"] is not None}:
+            raise NonFinite(next(iter(failures.values())), list(failures))
+        if self.processes.size > 1:
+            reached = [
+                p for p, *flags in zip(training, *(part["reached"] for part in told), strict=True) if "1" in flags
+            ]
+            for parameter in reached:  # in some process: the others add nothing to it
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gathered = self.module.objective.balance.gathered(weights.tasks)
+            self.processes.add_up(f"gradients of {step}", [*(p.grad for p in reached), *gathered])
+        self._broken = [rank for rank, part in enumerate(told) if not math.isfinite(part["losses"]["total"])]
+        return StepLosses.over_all([part["losses"] for part in told])
+
+    def _sample_ids(self, failure: NonFinite) -> list[str]:
+        """Of the step, of all processes; where some are to blame, of those."""
+        own = [sample_id for batch in failure.micro_batches for sample_id in batch.sample_ids]
+        told = self.processes.gather("samples of a step that is not finite", own)
+        return [sample_id for rank in failure.ranks or range(len(told)) for sample_id in told[rank]]
+
+    def _investigated(self, failure: NonFinite, before: Snapshot) -> str:
+        """What caused it: found by the processes whose share is not finite, or by all, where only gradients are not."""
+        cause = ""
+        if self.investigate is not None and (not failure.ranks or self.processes.rank in failure.ranks):
+            cause = self.investigate(failure, before.rng_state())
+        self.processes.wait_for_all("an investigation")
+        told = self.processes.gather("causes", cause)
+        return next((text for text in told if text), "")
+
     def _forward(self, number: int, batch: Batch, weights: StepWeights) -> Losses:
         ids = batch.inputs["input_ids"]
         if not 0 <= int(ids.min()) <= int(ids.max()) < self._rows:  # on a GPU the process could not go on after it
@@ -339,8 +426,11 @@ class Trainer:
         self.module.objective.balance.forget_step()
 
     def _count(self, micro_batches: list[Batch]) -> dict[str, int]:
-        samples = sum(len(batch.sample_ids) for batch in micro_batches)
-        tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in micro_batches)
+        own = [
+            sum(len(batch.sample_ids) for batch in micro_batches),
+            sum(int(batch.inputs["attention_mask"].sum()) for batch in micro_batches),
+        ]
+        samples, tokens = map(sum, zip(*self.processes.gather("samples and tokens", own), strict=True))
         self.state.step += 1
         self.state.samples += samples
         self.state.tokens += tokens
@@ -382,14 +472,14 @@ class Trainer:
                 self._find(finding.level, finding.what, finding.evidence, finding.remedy)
         return overflow
 
-    @staticmethod
-    def _refuse_not_finite(sums: StepLosses, norms: dict[str, float]) -> None:
+    def _refuse_not_finite(self, sums: StepLosses, norms: dict[str, float]) -> None:
         """Raise NonFinite before the update when a loss or gradient norm is NaN or infinite."""
         if math.isfinite(norms["total"] + sums.total):
             return
         rules = [rule for rule, norm in norms.items() if rule != "total" and not math.isfinite(norm)]
         tasks = [name for name, loss in sums.tasks.items() if not math.isfinite(loss)]
-        raise NonFinite(f"gradient of {', '.join(rules) or 'no rule'}, loss of {', '.join(tasks) or 'no task'}")
+        what = f"gradient of {', '.join(rules) or 'no rule'}, loss of {', '.join(tasks) or 'no task'}"
+        raise NonFinite(what, self._broken)
 
     def _give_up_or(self, failure: NonFinite) -> None:
         """Go back a checkpoint if the policy says so. Raises what the user reads otherwise."""
@@ -481,6 +571,7 @@ class Trainer:
         self.history = deque((past for past in self.history if past.step <= state.step), HISTORY)
         self._activate(state.step)
         set_training_mode(self.model)
+        self.processes.wait_for_all("rewind")  # the checkpoint that all have read is written again
         self.save()
         self._tell("on_rewind")
         self._find(
@@ -506,7 +597,8 @@ class Trainer:
         rng = torch.get_rng_state()
         self.model.eval()
         try:
-            with self.stop.immediate():
+            # of several processes none may leave before the others know of it
+            with self.stop.immediate() if self.processes.size == 1 else nullcontext():
                 metrics = self.evaluate(self.state.step)
         finally:
             set_training_mode(self.model)
@@ -525,7 +617,8 @@ class Trainer:
         self._tell("on_eval", metrics)
         if better and state.step:
             self.save()
-            point(self.folder / "best", self.folder / checkpoint_name(state.step))
+            if self.processes.is_first:
+                point(self.folder / "best", self.folder / checkpoint_name(state.step))
         return metrics
 
     def _is_better(self, value: float, than: float | None, by: float = 0.0) -> bool:
@@ -550,16 +643,22 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint, point `latest` at it, delete what is neither best, latest nor among the newest kept."""
         folder = self.folder / checkpoint_name(self.state.step)
-        self.write(folder, self._recorded())
-        point(self.folder / "latest", folder)
+        recorded = self._recorded()
+        with self.processes.agreed(f"checkpoint of step {self.state.step}"):
+            if self.processes.is_first:
+                self.write(folder, recorded)
+                point(self.folder / "latest", folder)
+                self._remove_old()
+        self._saved_step = self.state.step
+        return folder
+
+    def _remove_old(self) -> None:
         best = self.folder / "best"
         kept = {p.resolve() for p in checkpoints(self.folder)[-self.settings.keep :]}
         kept |= {best.resolve()} if best.exists() else set()
         for old in checkpoints(self.folder):
             if old.resolve() not in kept:
                 remove_checkpoint(old)
-        self._saved_step = self.state.step
-        return folder
 
     def write(self, folder: Path, recorded: Recorded | None = None) -> None:
         """A checkpoint of this moment, anywhere. recorded: what it holds besides the training."""

@@ -39,7 +39,7 @@ class Optim(Strict):
 
 class Train(Strict):
     length: RunLength = Field("1 epochs", description="steps, epochs or samples")
-    batch_size: int = Field(16, ge=1, description="samples per optimizer step")
+    batch_size: int = Field(16, ge=1, description="samples per optimizer step, of all processes together")
     micro_batch_size: int | None = Field(
         None, ge=1, description="samples per forward (default: 8, or as many as micro_batch_tokens holds)"
     )
@@ -61,6 +61,9 @@ class Train(Strict):
         False, description="recompute activations in the backward; a list of parts: only of their blocks"
     )
     log_every: int = Field(10, ge=1)
+    rank_timeout: float = Field(
+        300.0, ge=1, description="of several processes: seconds that a silent one is waited for"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> Train:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.sampling import Order
+from vlmtune.data.share import Share
 from vlmtune.data.sources import SampleSource
 from vlmtune.interrupt import leave_signals_to_parent
 from vlmtune.types import Batch, VlmtuneError
@@ -42,7 +43,10 @@ class Room:
 
 
 class Steps(Dataset):
-    """`steps[n]` is the list of micro-batches of optimizer step n; it depends on nothing but n."""
+    """`steps[n]` is the list of micro-batches of optimizer step n; it depends on nothing but n.
+
+    share: of one of several processes (None: there is only one).
+    """
 
     def __init__(
         self,
@@ -51,9 +55,10 @@ class Steps(Dataset):
         encoder: Encoder,
         batch_size: int,
         room: Room,
+        share: Share | None = None,
     ):
         self.sources, self.order, self.encoder = sources, order, encoder
-        self.batch_size, self.room = batch_size, room
+        self.batch_size, self.room, self.share = batch_size, room, share
 
     def __len__(self) -> int:
         return len(self.order) // self.batch_size
@@ -61,10 +66,9 @@ class Steps(Dataset):
     def __getitem__(self, step: int) -> list[Batch] | VlmtuneError:
         try:
             first = step * self.batch_size
-            encoded = []
-            for k in range(first, first + self.batch_size):
-                source, row = self.order[k]
-                encoded.append(self.encoder.encode(self.sources[source][row]))
+            samples = [self.order[k] for k in range(first, first + self.batch_size)]
+            mine = samples if self.share is None else self.share.of(samples)
+            encoded = [self.encoder.encode(self.sources[source][row]) for source, row in mine]
         except VlmtuneError as error:
             return error  # a worker would wrap it in a traceback; the loader raises it in the main process
         # like lengths share a micro-batch: less padding, same gradient, since a step sums over all of its samples

@@ -150,6 +150,10 @@ class FittedSource:
         rows = range(self.size) if self._rows is None else self._rows
         return [self._source[int(row)].task for row in rows]
 
+    def row_of(self, index: int) -> int:
+        """In the source before rows were left out."""
+        return index if self._rows is None else int(self._rows[index])
+
     def index_of(self, row: int) -> int | None:
         """Of a row of the source; None where it was left out."""
         if self._rows is None:
@@ -159,7 +163,7 @@ class FittedSource:
 
     def fitted(self, index: int) -> Fitted:
         """The sample and what was done to it."""
-        row = index if self._rows is None else int(self._rows[index])
+        row = self.row_of(index)
         sample = self._source[row]
         if row not in self._trimmed:
             return Fitted(sample)
@@ -175,6 +179,14 @@ class FittedSource:
 def fitted_sample(source: SampleSource, index: int) -> Fitted:
     """A sample of any source, and what the context window did to it."""
     return source.fitted(index) if isinstance(source, FittedSource) else Fitted(source[index])
+
+
+def row_tokens(source: SampleSource, survey: Survey) -> Callable[[int], int]:
+    """Index into `source` -> tokens of that sample, before the window shortened it.
+
+    survey: of the source, before it was fitted.
+    """
+    return lambda index: int(survey.tokens[source.row_of(index) if isinstance(source, FittedSource) else index])
 
 
 def longest_rows(source: SampleSource, survey: Survey, count: int) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,7 +21,10 @@ from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM
 from vlmtune.optim.precision import Precision, autocast
-from vlmtune.types import Box, Sample, VlmtuneError
+from vlmtune.processes import ALONE, Processes
+from vlmtune.types import Box, Encoded, Sample, VlmtuneError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,16 +70,18 @@ def evaluate(
     precision: Precision = "fp32",
     choices: ChoiceRule = ChoiceRule({}),  # noqa: B008  frozen
     chosen: Mapping[str, Sequence[str]] | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Loss on every group, and replies scored by task unless `max_new_tokens` is None.
 
     limit: samples per source; precision: of the products, as in training; choices: which samples are multiple choice;
-    chosen: task -> the metrics it has instead of `names.task_metrics` and those of regions.
+    chosen: task -> the metrics it has instead of `names.task_metrics` and those of regions; processes: share the
+    batches, and all of them return the whole.
     The model must be in eval mode; the loss is the mean over supervised tokens. A model with read-outs is scored on
     regions as well (`names.REGION_METRICS`). Raises VlmtuneError for a sample that a metric cannot score.
     """
     with autocast(precision, next(model.parameters()).device):
-        return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens, choices, chosen or {})
+        return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens, choices, chosen or {}, processes)
 
 
 def require_chosen(
@@ -110,15 +117,17 @@ def require_chosen(
 
 def _evaluate(
     model, encoder: Encoder, groups, limit, batch_size: int, max_new_tokens: int | None, choices: ChoiceRule,
-    chosen: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, Sequence[str]], processes: Processes,
 ) -> Evaluation:  # fmt: skip
     metrics: dict[str, float] = {}
     scored: list[Scored] = []
     every: list[SampleLoss] = []
     for group, sources in groups.items():
         samples = [source[i] for source in sources for i in range(rows_of(source, limit))]
-        losses, regions = _teacher_forced(model, encoder, samples, batch_size)
-        for (task, metric), value in regions.items():
+        sums: dict[tuple[str, str], tuple[float, float]] = {}
+        forced = partial(_teacher_forced, model, encoder, batch_size, sums)
+        losses = _spread(processes, f"losses of {group}", samples, batch_size, forced)
+        for (task, metric), value in _over_regions(processes, sums).items():
             if metric in chosen.get(task, REGION_METRICS):
                 metrics[f"{group}/{task}/{metric}"] = value
         every += [
@@ -133,7 +142,8 @@ def _evaluate(
         if max_new_tokens is None:
             continue
         prompts = [encoder.encode_prompt(sample) for sample in samples]
-        replies = generate_replies(model, encoder, prompts, max_new_tokens, batch_size)
+        generate = partial(_generated, model, encoder, max_new_tokens, batch_size)
+        replies = _spread(processes, f"replies of {group}", prompts, batch_size, generate)
         boxes = [
             encoder.coordinates.parse(reply, prompt.geometry[0]) if prompt.geometry else []
             for reply, prompt in zip(replies, prompts, strict=True)
@@ -149,6 +159,28 @@ def _evaluate(
     return Evaluation({"loss": mean_loss(every), **metrics}, scored, every)
 
 
+def _spread(
+    processes: Processes, what: str, items: Sequence[T], batch_size: int, work: Callable[[list[T]], list[Any]]
+) -> list[Any]:
+    """Result (JSON values) of each item, in order. Every process does whole batches, so that an item has the same
+    company however many there are."""
+
+    def of(rank: int) -> list[int]:
+        return [n for n in range(len(items)) if n // batch_size % processes.size == rank]
+
+    with processes.agreed(what):
+        made = work([items[n] for n in of(processes.rank)])
+    results: list[Any] = [None] * len(items)
+    for rank, part in enumerate(processes.gather(what, made)):
+        for n, result in zip(of(rank), part, strict=True):
+            results[n] = result
+    return results
+
+
+def _generated(model, encoder: Encoder, max_new_tokens: int, batch_size: int, prompts: list[Encoded]) -> list[str]:
+    return generate_replies(model, encoder, prompts, max_new_tokens, batch_size)
+
+
 def mean_loss(rows: Sequence[SampleLoss]) -> float:
     """Mean over supervised tokens."""
     return sum(row.loss for row in rows) / sum(row.tokens for row in rows)
@@ -161,12 +193,11 @@ def rows_of(source: SampleSource, limit: int | None) -> int:
 
 
 def _teacher_forced(
-    model, encoder: Encoder, samples: list[Sample], batch_size: int
-) -> tuple[list[tuple[float, int]], dict[tuple[str, str], float]]:
-    """(sum of token losses, supervised tokens) of every sample; and (task, metric) -> value over regions, where there
-    are read-outs."""
+    model, encoder: Encoder, batch_size: int, scores: dict[tuple[str, str], tuple[float, float]], samples: list[Sample]
+) -> list[tuple[float, int]]:
+    """(sum of token losses, supervised tokens) of every sample; adds to scores, (task, metric) -> (sum of values, of
+    weights) over regions, where there are read-outs."""
     vlm, readouts = VLM(model), readouts_of(model)
-    scores: dict[tuple[str, str], tuple[float, float]] = {}
     sums: list[tuple[float, int]] = []
     for start in range(0, len(samples), batch_size):
         encoded = [encoder.encode(sample) for sample in samples[start : start + batch_size]]
@@ -180,5 +211,17 @@ def _teacher_forced(
             for one in region_scores(states.sequence, readouts, batch, [sample.geometry for sample in encoded]):
                 value, weight = scores.get((one.task, one.metric), (0.0, 0.0))
                 scores[one.task, one.metric] = (value + one.value, weight + one.weight)
+    return sums
+
+
+def _over_regions(
+    processes: Processes, scores: dict[tuple[str, str], tuple[float, float]]
+) -> dict[tuple[str, str], float]:
+    """(task, metric) -> mean over all regions. scores: of the regions that this process saw."""
+    total: dict[tuple[str, str], tuple[float, float]] = {}
+    for part in processes.gather("regions", [[*name, *sums] for name, sums in scores.items()]):
+        for task, metric, value, weight in part:
+            before = total.get((task, metric), (0.0, 0.0))
+            total[task, metric] = (before[0] + value, before[1] + weight)
     # nothing was covered and nothing said to be: as in a single region, that is right
-    return sums, {name: value / weight if weight else 1.0 for name, (value, weight) in sorted(scores.items())}
+    return {name: value / weight if weight else 1.0 for name, (value, weight) in sorted(total.items())}

@@ -29,6 +29,11 @@ class Balance(nn.Module):
         """What each task's mean loss is multiplied with; weights: sum of token weights of each task in the step."""
         raise NotImplementedError
 
+    def gathered(self, weights: dict[str, float]) -> list[Tensor]:
+        """What the micro-batches so far added up to besides gradients, to be added up over processes in place; the same
+        tensors in all of them. weights: task -> sum of token weights in the whole step."""
+        return []
+
     def before_update(self, losses: dict[str, float]) -> None:
         """After the backward of the last micro-batch. losses: task -> mean loss of the step, for the tasks in it."""
 
@@ -167,10 +172,17 @@ class GradNorm(Balance):
 
     def _add(self, task: str, gradients: Sequence[Tensor | None]) -> None:
         """Gradients, not norms: the norm of a step's gradient is not the sum of its micro-batches' norms."""
-        sums = self._gradients.setdefault(task, [torch.zeros_like(p) for p in self._shared])
-        for total, gradient in zip(sums, gradients, strict=True):
+        for total, gradient in zip(self._sums(task), gradients, strict=True):
             if gradient is not None:
                 total += gradient
+
+    def _sums(self, task: str) -> list[Tensor]:
+        return self._gradients.setdefault(task, [torch.zeros_like(p) for p in self._shared])
+
+    def gathered(self, weights: dict[str, float]) -> list[Tensor]:
+        if not self.initial.complete:
+            return []
+        return [total for task in self.tasks if weights.get(task, 0) > 0 for total in self._sums(task)]
 
     def coefficients(self, weights: dict[str, float]) -> dict[str, float]:
         return _by_task(self.tasks, self.weights.detach() / len(self.tasks))

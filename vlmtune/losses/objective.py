@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,19 @@ class StepWeights:
     micro_batches: int
     counts: dict[str, int] = field(default_factory=dict)
     exposure: float = 0.0
+
+    def counted(self) -> dict[str, Any]:
+        """What was counted, as JSON values."""
+        return {name: getattr(self, name) for name in ("tasks", "tokens", "micro_batches", "counts")}
+
+    def over_all(self, counted: Sequence[dict[str, Any]]) -> StepWeights:
+        """Of a step whose micro-batches were counted by several processes, this one among them."""
+        sums: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "tokens", "counts")}
+        for part in counted:
+            for name, sum_ in sums.items():
+                sum_.update(part[name])
+        micro_batches = sum(part["micro_batches"] for part in counted)
+        return replace(self, micro_batches=micro_batches, **{name: dict(sum_) for name, sum_ in sums.items()})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,232 @@
+"""Several processes through `run.train` and the command: one run folder, errors in all, killed and continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes_setup import fork_group, said_by, train_together, training, wait_for_all
+from run_setup import final_tensors, numbers, train_quietly, wait_for_step
+from training_setup import write_data
+
+from vlmtune.data.sources import FileSource
+from vlmtune.trainer import Trainer
+
+STEPS = 6
+WITHOUT_DROPOUT = [
+    {"match": "vision", "train": "frozen"},
+    {"match": "projector", "train": "full"},
+    {"match": "language", "train": "lora", "rank": 4},
+    {"match": "*", "train": "frozen"},
+]
+
+
+def history(run: Path) -> list[dict]:
+    return [numbers(json.loads(line)) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_run_of_two_is_the_run_of_one(write_config, rows, tmp_path):
+    """One folder, written by the first; evaluations, checkpoints and history as of one process."""
+    parts = {
+        "plan": WITHOUT_DROPOUT,
+        "optim": {"lr": 1e-2, "warmup": 2, "eps": 1e-2},
+        "data": {"train": [{"path": str(rows)}], "eval": {"val": [{"path": str(rows), "limit": 3}]}, "workers": 1},
+        "evaluate": {"every": 3, "generate": False},
+    }
+    one = train_quietly(write_config("one", STEPS, **parts))
+    summaries = train_together(2, tmp_path / "store", write_config("two", STEPS, **parts))
+    for summary in summaries:
+        assert summary["metrics"].keys() == one["metrics"].keys() and summary["steps"] == one["steps"] == STEPS
+    first, second = tmp_path / "one", tmp_path / "two"
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
+    assert len(history(first)) == len(history(second))
+    for line, other in zip(history(first), history(second), strict=True):
+        assert line.keys() == other.keys()
+        if line["kind"] == "train":
+            assert other["loss"] == pytest.approx(line["loss"], rel=1e-5)
+            assert other["samples"] == line["samples"] and other["task_weights"] == line["task_weights"]
+    one, two = final_tensors(first), final_tensors(second)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_another_number_of_processes_continues(write_config, tmp_path):
+    """2 -> 1 -> 4: what a checkpoint holds does not depend on how many wrote it."""
+    parts = {"plan": WITHOUT_DROPOUT, "optim": {"lr": 1e-2, "warmup": 2, "eps": 1e-2}}
+    train_quietly(write_config("whole", STEPS, **parts))
+    config = write_config("parted", STEPS, **parts)
+    children = fork_group(2, tmp_path / "a", training(config))
+    wait_for_step(tmp_path / "parted", 2, children[0])
+    for child in children:
+        os.kill(child, signal.SIGTERM)
+    wait_for_all(children)
+    child = fork_group(1, tmp_path / "b", training(config))
+    wait_for_step(tmp_path / "parted", 4, child[0])
+    os.kill(child[0], signal.SIGTERM)
+    wait_for_all(child)
+    (summary, *_) = train_together(4, tmp_path / "c", config)
+    assert summary["steps"] == STEPS
+    whole, parted = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parted")
+    for name, value in whole.items():
+        torch.testing.assert_close(parted[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "times", [pytest.param(2, id="twice"), pytest.param(10, id="ten times", marks=pytest.mark.slow)]
+)
+def test_killed_again_and_again_it_ends_with_the_same_weights(times, write_config, tmp_path):
+    """kill -9 of one of two processes at random moments. The other ends with a sentence; the same command goes on."""
+    train_together(2, tmp_path / "store", write_config("whole", STEPS))
+    config, generator = write_config("killed", STEPS), random.Random(0)
+    for number in range(times):
+        store = tmp_path / f"store{number}"
+        children = fork_group(2, store, training(config), patience=5.0)
+        wait_for_step(tmp_path / "killed", 1 + number * STEPS // times // 2, children[0])
+        time.sleep(generator.random() / 10)
+        victim = generator.randrange(2)
+        os.kill(children[victim], signal.SIGKILL)
+        codes = wait_for_all(children)
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 0
+        said = said_by(2, store)[1 - victim]
+        assert f"error: rank {1 - victim} at " in said and f"rank {victim} on " in said
+    train_together(2, tmp_path / "last", config)
+    whole, killed = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "killed")
+    assert all(torch.equal(killed[name], value) for name, value in whole.items()), "dropout included"
+
+
+def test_one_signal_stops_all_after_the_same_step(write_config, tmp_path):
+    config = write_config("asked", 200)
+    children = fork_group(2, tmp_path / "store", training(config))
+    wait_for_step(tmp_path / "asked", 2, children[0])
+    os.kill(children[1], signal.SIGTERM)
+    wait_for_all(children)
+    said = said_by(2, tmp_path / "store")
+    assert said[0] == said[1] and "stopped by SIGTERM" in said[0] and "a checkpoint of step" in said[0]
+
+
+# ---- what cannot go well: a sentence in every process ----------------------------------------------------------------
+
+
+def test_another_config_is_refused(write_config, tmp_path):
+    one = write_config("run", STEPS)
+    text = one.read_text()
+    other = tmp_path / "other.yaml"
+    other.write_text(text.replace("lr: 0.01", "lr: 0.02"))
+    for said in train_together(2, tmp_path / "store", one, other):
+        assert said.startswith(
+            "error: rank 1 was started with something else than rank 0: config.optim.lr (0.01 -> 0.02)"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_is_refused(write_config, tmp_path):
+    """A machine with another file under the same name: here, one process that reads other bytes."""
+    rows = write_data(tmp_path / "own", 12)
+    config = write_config("run", STEPS, data={"train": [{"path": str(rows)}], "workers": 0})
+    own = FileSource.__getitem__
+
+    def reads_otherwise(group):
+        if group.rank == 1:
+            FileSource.__getitem__ = lambda source, row: replace(own(source, row), task="another")
+
+    for said in train_together(2, tmp_path / "store", config, before=reads_otherwise):
+        assert said.startswith("error: data: train.jsonl is not the same for rank 0 and rank 1 (other contents)")
+
+
+def test_more_processes_than_samples_are_refused(write_config, tmp_path):
+    config = write_config("run", STEPS, train={"length": STEPS, "batch_size": 2, "micro_batch_size": 1})
+    for said in train_together(3, tmp_path / "store", config):
+        assert said.startswith("error: train.batch_size is 2, and 3 processes share the samples of a step")
+
+
+def test_samples_that_do_not_divide_are_shared_all_the_same(write_config, tmp_path):
+    parts = {"plan": WITHOUT_DROPOUT, "optim": {"lr": 1e-2, "warmup": 2, "eps": 1e-2}}
+    train_quietly(write_config("one", STEPS, **parts))
+    train_together(3, tmp_path / "store", write_config("three", STEPS, **parts))
+    for line, other in zip(history(tmp_path / "one"), history(tmp_path / "three"), strict=True):
+        if line["kind"] == "train":
+            assert other["loss"] == pytest.approx(line["loss"], rel=1e-5) and other["samples"] == line["samples"]
+
+
+def test_an_image_that_one_process_cannot_read_stops_all(write_config, tmp_path):
+    rows = write_data(tmp_path / "own", 12)
+    tree = {"train": [{"path": str(rows)}], "workers": 0}
+    config = write_config("run", STEPS, data=tree)
+    children = fork_group(2, tmp_path / "store", training(config))
+    wait_for_step(tmp_path / "run", 1, children[0])
+    for image in (tmp_path / "own").glob("*.png"):
+        image.write_bytes(b"")
+    wait_for_all(children)
+    said = said_by(2, tmp_path / "store")
+    assert all(text.startswith("error: ") and ".png" in text for text in said)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_found(write_config, tmp_path):
+    """The samples named are those of the process that has it, and so is what is saved."""
+    config = write_config("run", STEPS, checkpoint={"every": 100})
+    own = Trainer._forward
+
+    def is_poisoned(group):
+        if group.rank == 1:
+
+            def forward(trainer, number, batch, weights):
+                losses = own(trainer, number, batch, weights)
+                return replace(losses, total=losses.total * (math.nan if trainer.state.step == 2 else 1.0))
+
+            Trainer._forward = forward
+
+    said = train_together(2, tmp_path / "store", config, before=is_poisoned)
+    assert said[0] == said[1] and said[0].startswith("error: step 3: not finite: ")
+    batch = json.loads((tmp_path / "run" / "failures" / "step_000003_rank1" / "failure.json").read_text())
+    ids = [name for part in batch["micro_batches"] for name in part["samples"]]
+    assert len(ids) == 2 and all(name in said[0] for name in ids)
+    assert not (tmp_path / "run" / "failures" / "step_000003").exists()
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_000002"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_starts_torchrun(write_config, tmp_path):
+    config = write_config("run", 3)
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmtune", "train", str(config), "--nproc", "2", "train.log_every=2"],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes share every step") == 1 and "trained 3 steps" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+    wrong = subprocess.run(
+        [sys.executable, "-m", "vlmtune", "train", str(config), "train.batch_size=1", "--nproc=2"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert wrong.returncode == 1
+    assert all(line.startswith("error: rank ") for line in wrong.stderr.splitlines()), wrong.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_continues_after_a_process_was_killed(write_config, tmp_path):
+    train_together(2, tmp_path / "store", write_config("whole", 30))
+    config = write_config("killed", 30)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "vlmtune"]
+    process = subprocess.Popen(
+        [sys.executable, *command, "train", str(config), "--restart"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for_step(tmp_path / "killed", 3, None)
+    listed = subprocess.run(["pgrep", "-f", f"vlmtune train {config}"], capture_output=True, text=True).stdout.split()
+    workers = sorted(int(pid) for pid in listed if int(pid) != process.pid)
+    os.kill(workers[-1], signal.SIGKILL)
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    whole, killed = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "killed")
+    assert all(torch.equal(killed[name], value) for name, value in whole.items()), "--restart did not begin again"
