@@ -310,7 +310,7 @@ def rng_state() -> dict:
         "torch": _encode_bytes(torch.get_rng_state()),
     }
     if torch.cuda.is_available():
-        described["cuda"] = [_encode_bytes(state) for state in torch.cuda.get_rng_state_all()]
+        described["cuda"] = [_encode_bytes(torch.cuda.get_rng_state())]  # of the one that this process uses
     return described
 
 
@@ -321,7 +321,7 @@ def restore_rng(described: dict) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_decode_bytes(described["torch"]))
     if "cuda" in described and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_decode_bytes(state) for state in described["cuda"]])
+        torch.cuda.set_rng_state(_decode_bytes(described["cuda"][0]))
 
 
 def _encode_bytes(state: torch.Tensor) -> str:

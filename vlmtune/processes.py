@@ -180,7 +180,7 @@ class Group(Processes):
 
     @contextlib.contextmanager
     def first_of_machine_first(self, what: str) -> Iterator[None]:
-        key = f"first/{what}/{self.machine}"
+        key = f"first/{self._number}/{what}/{self.machine}"  # a chain of stages comes here again and again
         if self.local_rank:
             first = self.rank - self.local_rank
             watch = self._pulse.watch(self.size)

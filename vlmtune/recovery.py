@@ -59,13 +59,14 @@ class Snapshot:
 
     buffers: dict[str, tuple[Tensor, Tensor]]
     host_rng: Tensor
-    device_rng: list[Tensor]
+    device_rng: Tensor | None
 
     @classmethod
     def of(cls, buffers: dict[str, Tensor]) -> Snapshot:
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        # of this process's GPU alone: asking the others would take memory there
+        device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         held = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
-        return cls(held, torch.get_rng_state(), devices)
+        return cls(held, torch.get_rng_state(), device)
 
     def restore_buffers(self) -> None:
         for buffer, before in self.buffers.values():
@@ -73,8 +74,8 @@ class Snapshot:
 
     def restore_rng(self) -> None:
         torch.set_rng_state(self.host_rng)
-        if self.device_rng:
-            torch.cuda.set_rng_state_all(self.device_rng)
+        if self.device_rng is not None:
+            torch.cuda.set_rng_state(self.device_rng)
 
     def rng_state(self) -> dict[str, Any]:
         """All generators, torch's as they were before the step; nothing else draws inside one."""

@@ -1,8 +1,9 @@
-"""What one optimizer step computes: model and objective as one module, and what the losses of its micro-batches add up
-to."""
+"""What one optimizer step computes before its update: model and objective as one module, the gradients of one process's
+share of the samples, and what the losses and gradients of all micro-batches of all processes add up to."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmtune.adapt.plan import Plan
 from vlmtune.losses.objective import Losses, Objective, StepWeights
+from vlmtune.models.batchnorm import SharedTower
 from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM
-from vlmtune.types import Batch
+from vlmtune.models.vocabulary import embedding_rows
+from vlmtune.optim.precision import Precision, autocast
+from vlmtune.processes import Processes
+from vlmtune.recovery import NonFinite
+from vlmtune.types import Batch, VlmtuneError
 
 
 class TrainingModule(nn.Module):
@@ -73,3 +80,113 @@ class StepLosses:
             for name, sums in named.items():
                 sums.update(part[name])
         return cls(sum(part["total"] for part in parts), **{name: dict(sums) for name, sums in named.items()})
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Of all processes. broken: ranks with losses that are not finite; wish: number of a signal that came to one."""
+
+    losses: StepLosses
+    broken: list[int]
+    wish: int | None
+
+
+class StepShare:
+    """The share of every optimizer step that one of several processes computes (of one process: all of it).
+
+    tower: runs the vision tower over all images of a step at once. Gradients are left in the parameters.
+    """
+
+    def __init__(
+        self,
+        module: TrainingModule,
+        plan: Plan,
+        precision: Precision,
+        device: torch.device,
+        tower: SharedTower | None,
+        processes: Processes,
+    ):
+        self.module, self.plan, self.precision, self.device = module, plan, precision, device
+        self.tower, self.processes = tower, processes
+        self._rows = embedding_rows(module.vlm.model)
+
+    def weigh(self, micro_batches: list[Batch], step: int, total_steps: int) -> StepWeights:
+        """What the sums of this step are divided by, counted by all processes before the first forward."""
+        own = self.module.objective.weights(micro_batches, step / total_steps)
+        return own.over_all(self.processes.gather(f"weights of step {step + 1}", own.counted()))
+
+    def gradients(
+        self, micro_batches: list[Batch], weights: StepWeights, scale: float, step: int, wish: int | None
+    ) -> StepSums:
+        """Forward and backward of every micro-batch; then losses and gradients are those of all processes.
+
+        scale: of the loss; wish: number of a signal that came to this process. Raises NonFinite in all processes where
+        one has ids beyond the vocabulary.
+        """
+        parts: list[Losses] = []
+        failure = None
+        if self.tower is not None:
+            with autocast(self.precision, self.device):
+                self.tower.begin(micro_batches)
+        try:
+            for number, batch in enumerate(micro_batches):
+                self.processes.at(
+                    f"step {step + 1}, micro-batch {number + 1} of {len(micro_batches)}", batch.sample_ids
+                )
+                with autocast(self.precision, self.device):
+                    losses = self._forward(number, batch, weights)  # sums / global weight: they add up
+                if losses.total.requires_grad:  # text alone reaches nothing where only vision and projector train
+                    (losses.total * scale).backward()
+                parts.append(losses.detach())
+        except NonFinite as broken:
+            failure = broken.what
+        if self.tower is not None:
+            self.tower.finish()
+        own = StepLosses.of(parts)
+        told = self.processes.gather(
+            f"losses of step {step + 1}",
+            {"losses": vars(own), "failure": failure, "wish": wish, "reached": self._reached()},
+        )
+        if failures := {rank: part["failure"] for rank, part in enumerate(told) if part["failure"] is not None}:
+            raise NonFinite(next(iter(failures.values())), list(failures))
+        if self.processes.size > 1:
+            self._add_up(f"gradients of step {step + 1}", [part["reached"] for part in told], weights)
+        return StepSums(
+            StepLosses.over_all([part["losses"] for part in told]),
+            [rank for rank, part in enumerate(told) if not math.isfinite(part["losses"]["total"])],
+            next((part["wish"] for part in told if part["wish"] is not None), None),
+        )
+
+    def refuse_missing_gradients(self) -> None:
+        """After the first backward of a phase every parameter that trains has a gradient, or the run stops and names
+        it. Raises VlmtuneError."""
+        training = {name: p for name, p in self.plan.parameters.items() if p.requires_grad}
+        missing = [name for name, p in training.items() if p.grad is None]
+        if missing:
+            raise VlmtuneError(
+                f"plan: {len(missing)} of {len(training)} parameters meant to train got no gradient, "
+                f"first {missing[0]}; freeze them, or check that the data reaches that part (vision needs images)."
+            )
+
+    def _forward(self, number: int, batch: Batch, weights: StepWeights) -> Losses:
+        ids = batch.inputs["input_ids"]
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self._rows:  # on a GPU the process could not go on after it
+            raise NonFinite(f"ids from {int(ids.min())} to {int(ids.max())} where the embedding has {self._rows} rows")
+        batch = batch.to(self.device)
+        return self.module(batch if self.tower is None else self.tower.inputs(number, batch), weights)
+
+    def _training(self) -> list[nn.Parameter]:
+        return [p for p in (*self.plan.parameters.values(), *self.module.objective.parameters()) if p.requires_grad]
+
+    def _reached(self) -> str:
+        """One figure for every parameter that trains: 1 where it has a gradient."""
+        return "".join("0" if parameter.grad is None else "1" for parameter in self._training())
+
+    def _add_up(self, what: str, reached: Sequence[str], weights: StepWeights) -> None:
+        """reached: by each process."""
+        parameters = [p for p, *flags in zip(self._training(), *reached, strict=True) if "1" in flags]
+        for parameter in parameters:
+            if parameter.grad is None:  # another process reached it, this one adds nothing
+                parameter.grad = torch.zeros_like(parameter)
+        gathered = self.module.objective.balance.gathered(weights.tasks)
+        self.processes.add_up(what, [*(p.grad for p in parameters), *gathered])

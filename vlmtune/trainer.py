@@ -30,15 +30,14 @@ from vlmtune.checkpoint import (
 )
 from vlmtune.checks.during import GradientWatch, LossWatch, Watch, judge_overflow
 from vlmtune.interrupt import Interrupted, StopRequest
-from vlmtune.losses.objective import Losses, Objective, StepWeights
+from vlmtune.losses.objective import Objective
 from vlmtune.models.batchnorm import SharedTower
 from vlmtune.models.trunk import CachedVision
 from vlmtune.models.vlm import VLM, set_training_mode
-from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.observer import Observer
 from vlmtune.optim.clip import clip_gradients
 from vlmtune.optim.optimizer import set_learning_rates
-from vlmtune.optim.precision import LossScale, Precision, autocast
+from vlmtune.optim.precision import LossScale, Precision
 from vlmtune.optim.statistics import GradientStatistics
 from vlmtune.optim.unfreeze import set_active
 from vlmtune.probe import Probe
@@ -46,7 +45,7 @@ from vlmtune.processes import ALONE, Processes, step_seed
 from vlmtune.recovery import NonFinite, Recovery, Snapshot
 from vlmtune.schedule import Rate
 from vlmtune.soundness import Soundness
-from vlmtune.step import StepLosses, TrainingModule
+from vlmtune.step import StepLosses, StepShare, StepSums, TrainingModule
 from vlmtune.types import Batch, Finding, VlmtuneError
 
 NOTHING_FINITE = "the stored samples have no finite loss"
@@ -151,6 +150,7 @@ class Trainer:
         self.sampling, self.recovery, self.companions = sampling, recovery, companions
         self.stop, self.tower, self.investigate = stop or StopRequest(), tower, investigate
         self.processes = processes
+        self.share = StepShare(self.module, plan, settings.precision, device, tower, processes)
         self.groups = plan.groups()
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
@@ -160,9 +160,7 @@ class Trainer:
         self.history: deque[Past] = deque(maxlen=HISTORY)
         self._phases = settings.phases()
         self._buffers = trained_buffers(model, plan)
-        self._rows = embedding_rows(model)
         self._saved_step: int | None = None
-        self._broken: list[int] = []  # ranks whose losses of this step are not finite
         self._wish: int | None = None  # the signal that asked one of several processes to stop
 
     def resume(self, checkpoint: Path) -> None:
@@ -311,12 +309,12 @@ class Trainer:
         """
         state, settings, objective = self.state, self.settings, self.module.objective
         lr = set_learning_rates(self.optimizer, lambda rule: state.lr_scale * settings.rates[rule].factor(state.step))
-        weights = objective.weights(micro_batches, state.step / settings.total_steps)
-        weights = weights.over_all(self.processes.gather(f"weights of step {state.step + 1}", weights.counted()))
+        weights = self.share.weigh(micro_batches, state.step, settings.total_steps)
         scale = 1.0 if self.scale is None else self.scale.value
-        sums = self._add_up(*self._differentiate(micro_batches, weights, scale), weights)
+        made = self.share.gradients(micro_batches, weights, scale, state.step, self.stop.number)
+        sums, self._wish = made.losses, made.wish
         if state.step in self._phases:
-            self.refuse_missing_gradients()
+            self.share.refuse_missing_gradients()
         if self.scale is not None:
             self.scale.unscale(self.plan.parameters.values())
         is_measured = settings.statistics_every and (state.step + 1) % settings.statistics_every == 0
@@ -325,7 +323,7 @@ class Trainer:
         norms = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))  # one wait for the device
         overflowed = self._overflowed(sums, norms)
         if not overflowed:
-            self._refuse_not_finite(sums, norms)
+            self._refuse_not_finite(made, norms)
         coefficients = objective.balance.coefficients(weights.tasks)
         if not overflowed:
             objective.balance.before_update(sums.tasks)
@@ -347,57 +345,6 @@ class Trainer:
             "norms": norms, "lr": lr, "scale": scale, "statistics": rows, **counted,
         }  # fmt: skip
 
-    def _differentiate(
-        self, micro_batches: list[Batch], weights: StepWeights, scale: float
-    ) -> tuple[StepLosses, NonFinite | None]:
-        """Forward and backward of this process's share: its losses, and why they are not all there."""
-        parts: list[Losses] = []
-        failure = None
-        if self.tower is not None:
-            with autocast(self.settings.precision, self.device):
-                self.tower.begin(micro_batches)
-        try:
-            for number, batch in enumerate(micro_batches):
-                self.processes.at(
-                    f"step {self.state.step + 1}, micro-batch {number + 1} of {len(micro_batches)}", batch.sample_ids
-                )
-                with autocast(self.settings.precision, self.device):
-                    losses = self._forward(number, batch, weights)  # sums / global weight: they add up
-                if losses.total.requires_grad:  # text alone reaches nothing where only vision and projector train
-                    (losses.total * scale).backward()
-                parts.append(losses.detach())
-        except NonFinite as broken:
-            failure = broken
-        if self.tower is not None:
-            self.tower.finish()
-        return StepLosses.of(parts), failure
-
-    def _add_up(self, own: StepLosses, failure: NonFinite | None, weights: StepWeights) -> StepLosses:
-        """Losses and gradients of all processes. Raises NonFinite in all of them where one has one."""
-        training = [p for p in (*self.plan.parameters.values(), *self.module.objective.parameters()) if p.requires_grad]
-        step = f"step {self.state.step + 1}"
-        told = self.processes.gather(
-            f"losses of {step}",
-            {
-                "losses": vars(own), "failure": None if failure is None else failure.what, "wish": self.stop.number,
-                "reached": "".join("1" if p.grad is not None else "0" for p in training),
-            },
-        )  # fmt: skip
-        self._wish = next((part["wish"] for part in told if part["wish"] is not None), None)
-        if failures := {rank: part["failure"] for rank, part in enumerate(told) if part["failure"] is not None}:
-            raise NonFinite(next(iter(failures.values())), list(failures))
-        if self.processes.size > 1:
-            reached = [
-                p for p, *flags in zip(training, *(part["reached"] for part in told), strict=True) if "1" in flags
-            ]
-            for parameter in reached:  # in some process: the others add nothing to it
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            gathered = self.module.objective.balance.gathered(weights.tasks)
-            self.processes.add_up(f"gradients of {step}", [*(p.grad for p in reached), *gathered])
-        self._broken = [rank for rank, part in enumerate(told) if not math.isfinite(part["losses"]["total"])]
-        return StepLosses.over_all([part["losses"] for part in told])
-
     def _sample_ids(self, failure: NonFinite) -> list[str]:
         """Of the step, of all processes; where some are to blame, of those."""
         own = [sample_id for batch in failure.micro_batches for sample_id in batch.sample_ids]
@@ -412,13 +359,6 @@ class Trainer:
         self.processes.wait_for_all("an investigation")
         told = self.processes.gather("causes", cause)
         return next((text for text in told if text), "")
-
-    def _forward(self, number: int, batch: Batch, weights: StepWeights) -> Losses:
-        ids = batch.inputs["input_ids"]
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self._rows:  # on a GPU the process could not go on after it
-            raise NonFinite(f"ids from {int(ids.min())} to {int(ids.max())} where the embedding has {self._rows} rows")
-        batch = batch.to(self.device)
-        return self.module(batch if self.tower is None else self.tower.inputs(number, batch), weights)
 
     def _forget_step(self) -> None:
         """Gradients, and what the balance gathered of them."""
@@ -445,17 +385,6 @@ class Trainer:
         if set_active(self.optimizer, lambda rule: self.settings.rates[rule].is_active(step)):
             set_training_mode(self.model)
 
-    def refuse_missing_gradients(self) -> None:
-        """After the first backward of a phase every parameter that trains has a gradient, or the run stops and names
-        it."""
-        training = {name: p for name, p in self.plan.parameters.items() if p.requires_grad}
-        missing = [name for name, p in training.items() if p.grad is None]
-        if missing:
-            raise VlmtuneError(
-                f"plan: {len(missing)} of {len(training)} parameters meant to train got no gradient, "
-                f"first {missing[0]}; freeze them, or check that the data reaches that part (vision needs images)."
-            )
-
     # ---- numbers that are not finite, losses that jump ---------------------------------------------------------------
 
     def _overflowed(self, sums: StepLosses, norms: dict[str, float]) -> bool:
@@ -472,14 +401,16 @@ class Trainer:
                 self._find(finding.level, finding.what, finding.evidence, finding.remedy)
         return overflow
 
-    def _refuse_not_finite(self, sums: StepLosses, norms: dict[str, float]) -> None:
+    @staticmethod
+    def _refuse_not_finite(made: StepSums, norms: dict[str, float]) -> None:
         """Raise NonFinite before the update when a loss or gradient norm is NaN or infinite."""
+        sums = made.losses
         if math.isfinite(norms["total"] + sums.total):
             return
         rules = [rule for rule, norm in norms.items() if rule != "total" and not math.isfinite(norm)]
         tasks = [name for name, loss in sums.tasks.items() if not math.isfinite(loss)]
         what = f"gradient of {', '.join(rules) or 'no rule'}, loss of {', '.join(tasks) or 'no task'}"
-        raise NonFinite(what, self._broken)
+        raise NonFinite(what, made.broken)
 
     def _give_up_or(self, failure: NonFinite) -> None:
         """Go back a checkpoint if the policy says so. Raises what the user reads otherwise."""

@@ -98,13 +98,13 @@ def trained(size: int, folder: Path, model_folder: Path, data: Path, rules, obje
 def compare(tmp_path, model_folder) -> Callable:
     data = write_data(tmp_path / "data", 12)
 
-    def run(name: str, rules, objective=None, **how) -> None:
+    def run(name: str, rules, objective=None, sizes=(2, 4), **how) -> None:
         one = trained(1, tmp_path / "1", model_folder(name), data, rules, objective, **how)
         weights = load_file(tmp_path / "1" / "0.safetensors")
         fresh = make_trainer(model_folder(name), data, tmp_path / "x", rules).plan.parameters
         moved = max(float((weights[n] - p.detach()).abs().max()) for n, p in fresh.items())
         assert weights.keys() >= fresh.keys() and moved > 1000 * SAME
-        for size in (2, 4):
+        for size in sizes:
             several = trained(size, tmp_path / str(size), model_folder(name), data, rules, objective, **how)
             for step, other in zip(one, several, strict=True):
                 assert other["samples"] == step["samples"] == 4 and other["tokens"] == step["tokens"]
@@ -117,7 +117,7 @@ def compare(tmp_path, model_folder) -> Callable:
     return run
 
 
-@pytest.mark.parametrize("name", by_default(["llava", "qwen2_5_vl", "smolvlm"], FAMILIES))
+@pytest.mark.parametrize("name", by_default(["llava"], FAMILIES))
 def test_under_lora(name, compare):
     """With 4 processes one of them has nothing but a text in the step of the sample without an image."""
     compare(name, lora)
@@ -128,14 +128,14 @@ def test_in_full(name, compare):
     compare(name, full)
 
 
-@pytest.mark.parametrize("name", by_default(["llava"], FAMILIES))
+@pytest.mark.parametrize("name", by_default(["smolvlm"], FAMILIES))
 def test_mixed(name, compare):
     compare(name, mixed)
 
 
 def test_unfreezing(compare):
-    """The language model starts in the middle of the run, with a state of its own."""
-    compare("llava", lora, over={"language": piecewise([[0, 0], [0.5, 1.0]])})
+    """The language model starts in the middle of the run, with a state of its own; 4 samples do not divide by 3."""
+    compare("llava", lora, sizes=(3,), over={"language": piecewise([[0, 0], [0.5, 1.0]])})
 
 
 def uncertainty(setup: Setup) -> Objective:
@@ -147,7 +147,7 @@ def gradnorm(setup: Setup) -> Objective:
     return Objective(balance=GradNorm(InitialLosses(["caption", "vqa"], 2), shared))
 
 
-@pytest.mark.parametrize("objective", [uncertainty, gradnorm])
+@pytest.mark.parametrize("objective", by_default([gradnorm], [uncertainty, gradnorm]))
 def test_balance_between_tasks(objective, compare):
     """With 4 processes each of them has one task in a step: what is learned of tasks is learned of all samples."""
-    compare("llava", lora, objective)
+    compare("llava", lora, objective, sizes=(4,))

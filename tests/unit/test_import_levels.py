@@ -70,6 +70,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("trainer", "step"),
         ("checkpoint", "probe"),
         ("recovery", "checkpoint"),
+        ("step", "recovery"),
     },
     5: {
         *(

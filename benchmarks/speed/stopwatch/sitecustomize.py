@@ -35,7 +35,9 @@ if os.environ.get("SPEED_ARM"):
     def begin() -> None:
         state["begun"], state["own"], state["busy"] = time.perf_counter(), time.process_time(), busy()
 
-    def after_step(*_) -> None:
+    def after_step(optimizer, *_) -> None:
+        if type(optimizer.param_groups[0]["params"][0].data).__name__ == "FakeTensor":
+            return  # vlmtune counts the memory of a step on tensors without data
         now, own, all_of_it = time.perf_counter(), time.process_time(), busy()
         if state["begun"] is not None:
             foreign = (all_of_it - state["busy"]) - (own - state["own"])
