@@ -76,6 +76,7 @@ def build_settings(config: Config, sizes: Sequence[int | None], precision: Preci
         delta=config.checkpoint.delta or 0.0,
         statistics_every=interval(config.stability.statistics),
         seed=config.train.seed,
+        asked_every=samples_every(config, sizes),
     )
 
 

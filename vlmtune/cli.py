@@ -61,9 +61,14 @@ def train(
 
     again = "the same command without --restart continues" if restart else "the same command continues"
     is_chain = isinstance(wish, Chain)
-    first = next(iter(wish.stages.values())) if is_chain else wish
-    with StopRequest(again).listening() as stop, joined(first.train.rank_timeout) as processes:
-        restart = restart and not processes.is_restarted
+    patience = max(config.train.rank_timeout for config in (wish.stages.values() if is_chain else [wish]))
+    may_start_again = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restart and (may_start_again or os.environ.get("GROUP_WORLD_SIZE", "1") != "1"):
+        raise VlmtuneError(
+            "--restart would delete the run again whenever torchrun starts its processes again; delete the run folder "
+            "yourself, or set run=… to another."
+        )
+    with StopRequest(again).listening() as stop, joined(patience) as processes:
         if is_chain:
             train_chain(wish, console, restart, stop, check, processes)
         else:

@@ -378,7 +378,7 @@ def investigator(folder: Path, trainer: Trainer, encoder: Encoder, steps: Steps)
             "what": failure.what,
             "scale_history": [past.scale for past in trainer.history],
         }
-        diagnosis = diagnose_step(trainer, failure.micro_batches, rng, encoder)
+        diagnosis = diagnose_step(trainer, failure.micro_batches, rng, encoder, trainer.share.weights)
         rank = trainer.processes.rank
         place = folder / "failures" / (failure_name(state.step + 1) + (f"_rank{rank}" if rank else ""))
         trainer.write(place / "checkpoint")
@@ -388,10 +388,13 @@ def investigator(folder: Path, trainer: Trainer, encoder: Encoder, steps: Steps)
     return investigate
 
 
-def diagnose_step(trainer: Trainer, micro_batches: Sequence[Batch], rng: dict, encoder: Encoder) -> Diagnosis:
-    """`diagnose` the step that a trainer could not make. rng: as there."""
+def diagnose_step(
+    trainer: Trainer, micro_batches: Sequence[Batch], rng: dict, encoder: Encoder, weights: StepWeights | None = None
+) -> Diagnosis:
+    """`diagnose` the step that a trainer could not make. rng: as there; weights: of the whole step, where others have
+    shares of it."""
     record, model = _record_of(trainer), trainer.model
-    weights = trainer.module.objective.weights(micro_batches, record["progress"])
+    weights = weights or trainer.module.objective.weights(micro_batches, record["progress"])
     return diagnose(
         model, trainer.module, micro_batches, weights, record["precision"], record["scale"], rng,
         record["norm_history"], record["loss_history"], record["lr"], embedding_rows(model), encoder, trainer.tower,

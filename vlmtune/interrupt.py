@@ -28,11 +28,14 @@ class StopRequest:
     """Whether a signal came. Outside `deferred` it raises Interrupted on the spot; inside, the code asks `number`.
 
     A second signal always stops on the spot: whoever sends it does not want to wait. again: how the user goes on.
+    `is_patient`: not inside `deferred`; one of several processes gets a signal more than once, and none may leave the
+    others in the middle.
     """
 
     def __init__(self, again: str = "the same command continues") -> None:
         self.again = again
         self.number: int | None = None
+        self.is_patient = False
         self._is_deferred = False
 
     @contextlib.contextmanager
@@ -76,7 +79,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first, self.number = self.number is None, number
-        if not (self._is_deferred and is_first):
+        if not (self._is_deferred and (is_first or self.is_patient)):
             raise self.interrupted(number)
 
     def interrupted(self, number: int) -> Interrupted:

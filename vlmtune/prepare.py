@@ -3,6 +3,7 @@ looks at it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,8 +33,9 @@ from vlmtune.config import Config
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.loader import Steps
+from vlmtune.data.share import Share
 from vlmtune.data.sources import SampleSource
-from vlmtune.data.survey import longest_rows
+from vlmtune.data.survey import Survey, longest_rows, row_tokens
 from vlmtune.evaluate.evaluation import require_chosen
 from vlmtune.fast_start import start_fast
 from vlmtune.losses.objective import Objective
@@ -48,7 +50,6 @@ from vlmtune.optim.optimizer import usable_here
 from vlmtune.optim.precision import bf16_is_fast, resolve_precision
 from vlmtune.probe import SAMPLES, Probe
 from vlmtune.processes import ALONE, Processes
-from vlmtune.same_run import share_of
 from vlmtune.start import (
     Phase,
     check_start,
@@ -136,7 +137,7 @@ def prepare(
     for line in apply_formats(model, plan, config):
         console.print(line, highlight=False, markup=False)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)
-    steps.share = share_of(processes, sources, fitted.of_train)
+    steps.share = _share_of(processes, sources, fitted.of_train)
     batches = first_micro_batches(steps)
     findings = check_start(model, plan, encoder, batches[0], precision) if check else []
     findings += start_fast(model, plan, config.train.fused, config.train.packing, batches[-1], precision, check)
@@ -155,6 +156,16 @@ def prepare(
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
         made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
     return made
+
+
+def _share_of(processes: Processes, sources: Sequence[SampleSource], surveys: Sequence[Survey | None]) -> Share | None:
+    """What this process takes of every step; None where there is only one."""
+    if processes.size == 1:
+        return None
+    lengths = [
+        None if survey is None else row_tokens(source, survey) for source, survey in zip(sources, surveys, strict=True)
+    ]
+    return Share(processes.rank, processes.size, lengths)
 
 
 def _require_something_to_recompute(config: Config, plan: Plan) -> None:

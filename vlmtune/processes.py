@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.interrupt import Interrupted
 
 T = TypeVar("T")
 BUCKET = 2**24  # numbers that are added up in one message
-LOOKS = 0.1  # seconds between two looks at who has arrived
+FIRST_LOOK, LOOKS = 0.005, 0.1  # seconds between two looks at who has arrived, at first and later
+ASKS = 1.0  # seconds between two times that one who waits asks where the others are
+ANSWERS = 5.0  # seconds in which a store answers
 NAMED = 8  # samples that a process says it is at work with
 
 
@@ -41,11 +44,6 @@ class Processes:
     """
 
     rank, size, local_rank = 0, 1, 0
-
-    @property
-    def is_restarted(self) -> bool:
-        """Whether `torchrun --max-restarts` has started it again after one of them ended: what it had must stay."""
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     @property
     def is_first(self) -> bool:
@@ -70,7 +68,7 @@ class Processes:
 
     @contextlib.contextmanager
     def agreed(self, what: str, patient: bool = True) -> Iterator[None]:
-        """Raise VlmtuneError in all processes where one raises it within.
+        """Raise VlmtuneError in all processes where one fails within.
 
         patient: however long it takes; False: a process that takes long counts as silent.
         """
@@ -99,21 +97,31 @@ class Group(Processes):
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.patience, self.machine = patience, machine
         limit = datetime.timedelta(seconds=patience)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store.set_timeout(limit)
+        store = dist.PrefixStore(_meeting(store, rank, size, patience), store)
+        backend = "gloo"
+        if torch.cuda.is_available():
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a sum that does not come is an exception
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(
             backend, store=dist.PrefixStore("collectives", store), rank=rank, world_size=size, timeout=limit
         )
         self._store = dist.PrefixStore("word", store)
         self._number = 0  # of exchanges so far: the same in all processes, unless something is wrong
-        self._word: dict[str, Any] = {"host": platform.node(), "at": "start", "samples": [], "number": 0}
+        self._word: dict[str, Any] = {"host": platform.node(), "at": "start", "samples": [], "number": 0, "waits": ""}
         self._pulse = _Pulse(dist.PrefixStore("pulse", store.clone()), rank, patience)
         self.at("start")
 
     def close(self) -> None:
+        """At the end of what all of them do."""
         self._pulse.stop()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+    def leave(self, why: str) -> None:
+        """Before the others: they are told, and not waited for."""
+        self._word["left"] = why
+        _answered(lambda: self._store.set(str(self.rank), json.dumps(self._word)))
+        self._pulse.stop()
 
     def at(self, what: str, samples: Sequence[str] = ()) -> None:
         self._word |= {"at": what, "samples": list(samples[:NAMED])}
@@ -127,11 +135,7 @@ class Group(Processes):
             found = _gathered(payload, self.size)
         read = [json.loads(text) for text in found]
         if any(row[:2] != read[0][:2] for row in read):
-            raise VlmtuneError(
-                "the processes are not at the same place: "
-                + ", ".join(f"rank {rank} is at {at!r} ({number})" for rank, (number, at, _) in enumerate(read))
-                + "; they must run the same command on the same data. If they do, please report it."
-            )
+            raise VlmtuneError(_elsewhere({rank: (at, number) for rank, (number, at, _) in enumerate(read)}))
         return [row[2] for row in read]
 
     def wait_for_all(self, what: str) -> None:
@@ -139,12 +143,26 @@ class Group(Processes):
         key = f"here/{self._number}"
         with self._explained(what):
             self._store.add(key, 1)
-            watch = self._pulse.watch(self.size)
+            watch, pause, asked = self._pulse.watch(self.size), FIRST_LOOK, time.monotonic()
             while self._store.add(key, 0) < self.size:
-                time.sleep(LOOKS)
+                time.sleep(pause)
+                pause = min(2 * pause, LOOKS)
                 if silent := watch.silent():
                     raise VlmtuneError(self._missing(what, silent))
+                if time.monotonic() - asked > ASKS:
+                    self._require_same_place(what)
+                    asked = time.monotonic()
         self.gather(what, None)
+
+    def _require_same_place(self, what: str) -> None:
+        """Of those that wait already. Raises VlmtuneError where one waits for something else, or has left."""
+        words = self._words() or {}
+        left = [rank for rank, word in words.items() if "left" in word]
+        if left:
+            raise VlmtuneError(self._missing(what, left))
+        for rank, word in words.items():
+            if word["number"] == self._number and word["waits"] != what:
+                raise VlmtuneError(_elsewhere({self.rank: (what, self._number), rank: (word["waits"], self._number)}))
 
     def add_up(self, what: str, tensors: Sequence[Tensor]) -> None:
         numbers = sum(tensor.numel() for tensor in tensors)
@@ -158,14 +176,17 @@ class Group(Processes):
 
     @contextlib.contextmanager
     def agreed(self, what: str, patient: bool = True) -> Iterator[None]:
-        own: VlmtuneError | None = None
+        own: Exception | None = None
         try:
             yield
-        except VlmtuneError as error:
+        except Interrupted:  # a signal comes to all, or its process leaves
+            raise
+        except Exception as error:
             own = error
         if patient:
             self.wait_for_all(what)
-        told = self.gather(what, None if own is None else str(own))
+        said = None if own is None else str(own) if isinstance(own, VlmtuneError) else f"{type(own).__name__}: {own}"
+        told = self.gather(what, said)
         if own is not None:
             raise own
         if others := [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]:
@@ -187,7 +208,7 @@ class Group(Processes):
             with self._explained(what):
                 while not self._store.check([key]):
                     time.sleep(LOOKS)
-                    if first in watch.silent():
+                    if first in watch.silent() or "left" in (self._words() or {}).get(first, {}):
                         raise VlmtuneError(self._missing(what, [first]))
         try:
             yield
@@ -200,7 +221,7 @@ class Group(Processes):
     def _enter(self, what: str) -> None:
         """Begin the next exchange. What this process did last stays in its word: that is what others ask for."""
         self._number += 1
-        self._word["number"] = self._number
+        self._word |= {"number": self._number, "waits": what}
         with self._explained(what):
             self._store.set(str(self.rank), json.dumps(self._word))
 
@@ -237,22 +258,75 @@ class Group(Processes):
 
     def _words(self) -> dict[int, dict[str, Any]] | None:
         """rank -> what it last said of itself; None where nobody can be asked."""
-        words: dict[int, dict[str, Any]] = {}
-        try:
-            self._store.set_timeout(datetime.timedelta(seconds=min(self.patience, 5)))
-            for rank in range(self.size):
-                if self._store.check([str(rank)]):
-                    words[rank] = json.loads(self._store.get(str(rank)))
-        except RuntimeError:
-            return None
-        return words
+
+        def read() -> dict[int, dict[str, Any]]:
+            there = [rank for rank in range(self.size) if self._store.check([str(rank)])]
+            return {rank: json.loads(self._store.get(str(rank))) for rank in there}
+
+        return _answered(read)
 
 
 def _described(rank: int, word: dict[str, Any] | None) -> str:
     if word is None:
         return f"rank {rank} never said anything"
     samples = f" with samples {', '.join(word['samples'])}" if word["samples"] else ""
-    return f"rank {rank} on {word['host']}: {word['at']}{samples}"
+    left = f", and ended: {word['left']}" if "left" in word else ""
+    return f"rank {rank} on {word['host']}: {word['at']}{samples}{left}"
+
+
+def _elsewhere(places: Mapping[int, tuple[str, int]]) -> str:
+    """places: rank -> what it is at, and the number of that exchange."""
+    return (
+        "the processes are not at the same place: "
+        + ", ".join(f"rank {rank} is at {at!r} ({number})" for rank, (at, number) in places.items())
+        + "; they must run the same command on the same data. If they do, please report it."
+    )
+
+
+def _answered(ask: Callable[[], T]) -> T | None:
+    """What a store answers; None where it does not within `ANSWERS` seconds: a machine that is gone says nothing, and
+    some of the store's calls have no limit of their own."""
+    found: list[T] = []
+
+    def asking() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(ask())
+
+    thread = threading.Thread(target=asking, daemon=True)
+    thread.start()
+    thread.join(ANSWERS)
+    return found[0] if found else None
+
+
+def _meeting(store: dist.Store, rank: int, size: int, patience: float) -> str:
+    """A name that the processes of this start have in common and no earlier start had: torchrun keeps its store when it
+    starts them again, with everything that is in it.
+
+    Each says a word of its own; the first publishes a name with the words it saw until all have answered to it.
+    Raises RuntimeError where they do not come together within `patience` seconds.
+    """
+    word, until = uuid.uuid4().hex, time.monotonic() + patience
+    store.set(f"word/{rank}", word)
+    seen: list[str] = []
+    name = ""
+    while time.monotonic() < until:
+        if rank == 0:
+            there = [other for other in range(size) if store.check([f"word/{other}"])]
+            words = [store.get(f"word/{other}").decode() for other in there]
+            if len(words) == size and words != seen:
+                name, seen = uuid.uuid4().hex, words
+                store.set("meeting", json.dumps({"name": name, "words": words}))
+            if name and all(store.check([f"answer/{name}/{other}"]) for other in range(1, size)):
+                store.set(f"closed/{name}", "")
+                return name
+        elif store.check(["meeting"]):
+            meeting = json.loads(store.get("meeting"))
+            if meeting["words"][rank : rank + 1] == [word]:
+                store.set(f"answer/{meeting['name']}/{rank}", "")
+                if store.check([f"closed/{meeting['name']}"]):
+                    return meeting["name"]
+        time.sleep(FIRST_LOOK)
+    raise RuntimeError(f"{size} processes did not come together")
 
 
 def _gathered(payload: bytes, size: int) -> list[bytes]:
@@ -299,7 +373,7 @@ class _Pulse:
 
     def stop(self) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(timeout=1)  # the machine of the store may be gone: then it waits for an answer
 
     def watch(self, size: int) -> _Watch:
         return _Watch(self.store, self.rank, size, self.patience)
@@ -389,5 +463,7 @@ def joined(patience: float) -> Iterator[Processes]:
         ) from error
     try:
         yield group
-    finally:
-        group.close()
+    except BaseException as error:
+        group.leave(str(error) or type(error).__name__)
+        raise
+    group.close()

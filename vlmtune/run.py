@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -94,7 +94,7 @@ def train(
     Raises VlmtuneError before anything is written for a config whose run folder cannot be written or belongs to
     another config, and during the run for whatever stops it; Interrupted where `stop` was asked to.
     """
-    require_same_config(processes, config, restart)
+    require_same_config(processes, config, restart, check)
     with ExitStack() as held:
         with processes.agreed("run folder"):
             if processes.is_first:
@@ -125,7 +125,7 @@ def _train(
     with processes.agreed("preparation"):
         made = prepare(config, device, console, check, processes=processes)
         require_no_failure(made.judged, "check")
-    require_same_data(processes, made.sources, made.fitted.of_train, made.plan)
+    require_same_data(processes, made, device)
     with processes.agreed("start"):
         if processes.is_first:
             require_disk(folder / "checkpoints", made.model, made.plan, config, console)
@@ -134,7 +134,8 @@ def _train(
     _measure_before(config, made, checkpoint, console, processes)
 
     optimizer = build_optimizer(config, made.plan, made.objective, device)
-    cache = None if config.data.vision_cache is None else VisionCache.of(config, made)
+    with processes.agreed("vision cache"):
+        cache = None if config.data.vision_cache is None else VisionCache.of(config, made)
     if cache is not None:
         console.print(cache.described(), highlight=False, markup=False)
     tower = build_tower(made.model, config)
@@ -143,7 +144,8 @@ def _train(
             "plan: batchnorm: sync normalises over the images of one process, and there are several; say batchnorm: "
             "frozen."
         )
-    own = _Told.of(config, made, optimizer, checkpoint, device, console, observers) if processes.is_first else None
+    with processes.agreed("run folder"):
+        own = _Told.of(config, made, optimizer, checkpoint, device, console, observers) if processes.is_first else None
 
     def evaluated(step: int) -> dict[str, float]:
         measured = measure(config, made, config.evaluate.limit, processes)
@@ -245,8 +247,9 @@ def _measure_before(
     console.print("evaluation before training …")
     measured = measure(config, made, None, processes)
     require_best(config.checkpoint.best, measured.metrics)
-    if processes.is_first:
-        write_text(before_file, json.dumps(finite(evaluation_record(measured))))
+    with processes.agreed("evaluation before training"):
+        if processes.is_first:
+            write_text(before_file, json.dumps(finite(evaluation_record(measured))))
 
 
 @dataclass(frozen=True)
@@ -335,11 +338,13 @@ def measure(config: Config, made: Prepared, limit: int | None, processes: Proces
     """Of all held-out groups. limit: samples per source."""
     made.model.eval()
     wish = config.evaluate
-    return evaluate(
+    measured = evaluate(
         made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
         choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics, processes=processes,
     )  # fmt: skip
+    # what is decided by them is decided alike
+    return replace(measured, metrics=processes.gather("metrics", measured.metrics)[0])
 
 
 def finish(

@@ -12,17 +12,27 @@ from vlmtune.checks.during import StartWatch
 from vlmtune.models.vlm import set_training_mode
 from vlmtune.optim.precision import Precision
 from vlmtune.probe import Probe
+from vlmtune.processes import ALONE, Processes
 from vlmtune.types import Finding
 
 
 class Soundness:
     """Measures the stored samples once for each state of the weights, and compares them with before the first step.
 
-    probe: the samples, None where a run stores none; parameters: what trains. `watch` is part of a checkpoint.
+    probe: the samples, None where a run stores none; parameters: what trains; processes: decide alike, by what the
+    first of them measures. `watch` is part of a checkpoint.
     """
 
-    def __init__(self, probe: Probe | None, model: nn.Module, parameters: Collection[Tensor], precision: Precision):
+    def __init__(
+        self,
+        probe: Probe | None,
+        model: nn.Module,
+        parameters: Collection[Tensor],
+        precision: Precision,
+        processes: Processes = ALONE,
+    ):
         self.probe, self.model, self.parameters, self.precision = probe, model, parameters, precision
+        self.processes = processes
         self.watch = StartWatch()
         self._losses: list[float] | None = None
 
@@ -38,7 +48,7 @@ class Soundness:
     def losses(self) -> list[float]:
         """Mean loss of each stored sample, with the weights as they are. Only where there are samples."""
         if self._losses is None:
-            self._losses = self.probe.losses(self.model, self.precision)
+            self._losses = self.processes.gather("probe", self.probe.losses(self.model, self.precision))[0]
             set_training_mode(self.model)
         return self._losses
 
@@ -51,4 +61,5 @@ class Soundness:
         if self.watch.is_telling and not all(math.isfinite(loss) for loss in self.losses()):
             return True
         norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters])
-        return not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
+        is_finite = bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
+        return not all(self.processes.gather("weights that are finite", is_finite))

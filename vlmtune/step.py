@@ -94,7 +94,8 @@ class StepSums:
 class StepShare:
     """The share of every optimizer step that one of several processes computes (of one process: all of it).
 
-    tower: runs the vision tower over all images of a step at once. Gradients are left in the parameters.
+    tower: runs the vision tower over all images of a step at once. Gradients are left in the parameters; `weights` are
+    those of the last step.
     """
 
     def __init__(
@@ -108,12 +109,14 @@ class StepShare:
     ):
         self.module, self.plan, self.precision, self.device = module, plan, precision, device
         self.tower, self.processes = tower, processes
+        self.weights: StepWeights | None = None
         self._rows = embedding_rows(module.vlm.model)
 
     def weigh(self, micro_batches: list[Batch], step: int, total_steps: int) -> StepWeights:
         """What the sums of this step are divided by, counted by all processes before the first forward."""
         own = self.module.objective.weights(micro_batches, step / total_steps)
-        return own.over_all(self.processes.gather(f"weights of step {step + 1}", own.counted()))
+        self.weights = own.over_all(self.processes.gather(f"weights of step {step + 1}", own.counted()))
+        return self.weights
 
     def gradients(
         self, micro_batches: list[Batch], weights: StepWeights, scale: float, step: int, wish: int | None

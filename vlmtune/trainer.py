@@ -59,7 +59,7 @@ class Settings:
 
     rates: rule -> how its learning rate moves, and whether it trains; clip: limit of the joint gradient norm of rules
     that are not in clip_by_rule; patience: evaluations that are not better by `delta` before the run stops; seed: of
-    what several processes draw.
+    what several processes draw; asked_every: steps between two times that an observer generates replies.
     """
 
     total_steps: int
@@ -77,6 +77,7 @@ class Settings:
     delta: float = 0.0
     statistics_every: int | None = None
     seed: int = 0
+    asked_every: int | None = None
 
     def phases(self) -> set[int]:
         """Steps at which some rule starts or stops to train, 0 included."""
@@ -155,12 +156,14 @@ class Trainer:
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
         self.watch, self.gradients = LossWatch(), GradientWatch()
-        self.soundness = Soundness(probe, model, plan.parameters.values(), settings.precision)
+        self.soundness = Soundness(probe, model, plan.parameters.values(), settings.precision, processes)
         self.statistics = GradientStatistics(plan.parameters)
         self.history: deque[Past] = deque(maxlen=HISTORY)
         self._phases = settings.phases()
         self._buffers = trained_buffers(model, plan)
         self._saved_step: int | None = None
+        self._is_inside_step = False
+        self.stop.is_patient = processes.size > 1
         self._wish: int | None = None  # the signal that asked one of several processes to stop
 
     def resume(self, checkpoint: Path) -> None:
@@ -209,6 +212,8 @@ class Trainer:
                 while self.state.step < self.settings.total_steps and self.state.stopped is None:
                     self._train_until_rewind()
             except Interrupted as interrupted:
+                if self._is_inside_step:  # a second signal: the weights may be those of the next step already
+                    raise
                 is_saved = self._saved_step == self.state.step or self._save_if_sound()
                 where = f"a checkpoint of step {self.state.step} is written" if is_saved else NOTHING_FINITE
                 raise Interrupted(interrupted.number, f"{interrupted}; {where}.") from interrupted
@@ -223,7 +228,10 @@ class Trainer:
         """What `steps` gives. Data that one process cannot read stops all of them."""
         batches = iter(self.steps(self.state.step, self.settings.total_steps))
         while True:
-            with self.processes.agreed(f"data of step {self.state.step + 1}", patient=False):
+            every = self.settings.asked_every  # the first process may have asked for samples, which takes its time
+            with self.processes.agreed(
+                f"data of step {self.state.step + 1}", patient=every is not None and self.state.step % every == 0
+            ):
                 micro_batches = next(batches, None)
             if micro_batches is None:
                 return
@@ -243,11 +251,14 @@ class Trainer:
         arrived = started
         for micro_batches in self._loaded():
             waited = time.perf_counter() - arrived
+            self._is_inside_step = True
             try:
                 metrics = self._attempt(micro_batches)
             except NonFinite as failure:
+                self._is_inside_step = False
                 self._give_up_or(failure)
                 return
+            self._is_inside_step = False
             state.seconds = before + time.perf_counter() - started
             metrics |= {"data_wait": waited, "step_seconds": time.perf_counter() - arrived}
             self._tell("on_step", metrics)
@@ -490,19 +501,19 @@ class Trainer:
         """Go back to the newest whole checkpoint with lower learning rates; the step at hand is left out when it comes
         again. The checkpoint is written again with that, so that a resume knows it."""
         failed, seconds = self.state.step, self.state.seconds
-        checkpoint, complaints = newest_whole_checkpoint(self.folder)
-        if checkpoint is None:
+        name, complaints = self.processes.on_first("rewind", self._newest)
+        if name is None:
             raise VlmtuneError(f"{why}; there is no checkpoint to go back to.")
         skipped, rewinds = self.state.skipped, self.state.rewinds
         scale = self.state.lr_scale * self.recovery.lr_factor
-        self._load(checkpoint)
+        with self.processes.agreed("rewind"):
+            self._load(self.folder / name)
         state = self.state
         state.skipped, state.rewinds = [*skipped, failed], [*rewinds, [failed, state.step]]
         state.lr_scale, state.seconds = scale, seconds
         self.history = deque((past for past in self.history if past.step <= state.step), HISTORY)
         self._activate(state.step)
         set_training_mode(self.model)
-        self.processes.wait_for_all("rewind")  # the checkpoint that all have read is written again
         self.save()
         self._tell("on_rewind")
         self._find(
@@ -510,6 +521,11 @@ class Trainer:
             f"it continues from step {state.step} with {scale:g} x the learning rates, without the batch of step "
             f"{failed + 1}",
         )  # fmt: skip
+
+    def _newest(self) -> tuple[str | None, list[str]]:
+        """Name of the newest whole checkpoint, and what is wrong with newer ones."""
+        checkpoint, complaints = newest_whole_checkpoint(self.folder)
+        return None if checkpoint is None else checkpoint.name, complaints
 
     def _find(self, level: str, what: str, evidence: str, remedy: str) -> None:
         finding = Finding(level, what, evidence, remedy)

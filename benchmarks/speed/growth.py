@@ -48,7 +48,7 @@ def _work(arm: dict) -> float:
 
 def main() -> None:
     options = parser(__doc__)
-    options.set_defaults(arms=ARMS, parts=1, micro=2, warmup=3, block=1, rounds=5)
+    options.set_defaults(arms=ARMS, parts=1, micro=2, warmup=5, block=1, rounds=3)  # steps without a probe of ours
     wish = options.parse_args()
     rows = []
     for what, sizes in ROWS.items():

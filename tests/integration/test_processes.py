@@ -21,6 +21,7 @@ from training_setup import write_data
 
 from vlmtune.data.sources import FileSource
 from vlmtune.step import StepShare
+from vlmtune.types import VlmtuneError
 
 STEPS = 6
 WITHOUT_DROPOUT = [
@@ -70,10 +71,12 @@ def test_another_number_of_processes_continues(write_config, tmp_path):
     for child in children:
         os.kill(child, signal.SIGTERM)
     wait_for_all(children)
+    assert all("stopped by SIGTERM" in text for text in said_by(2, tmp_path / "a"))
     child = fork_group(1, tmp_path / "b", training(config))
     wait_for_step(tmp_path / "parted", 4, child[0])
     os.kill(child[0], signal.SIGTERM)
     wait_for_all(child)
+    assert "stopped by SIGTERM" in said_by(1, tmp_path / "b")[0]
     (summary, *_) = train_together(4, tmp_path / "c", config)
     assert summary["steps"] == STEPS
     whole, parted = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parted")
@@ -140,7 +143,7 @@ def test_other_data_is_refused(write_config, tmp_path):
             FileSource.__getitem__ = lambda source, row: replace(own(source, row), task="another")
 
     for said in train_together(2, tmp_path / "store", config, before=reads_otherwise):
-        assert said.startswith("error: data: train.jsonl is not the same for rank 0 and rank 1 (other contents)")
+        assert said.startswith("error: rank 1 is not about to do what rank 0 does: data (rows, digest).train.jsonl (")
 
 
 def test_more_processes_than_samples_are_refused(write_config, tmp_path):
@@ -153,13 +156,18 @@ def test_an_image_that_one_process_cannot_read_stops_all(write_config, tmp_path)
     rows = write_data(tmp_path / "own", 12)
     tree = {"train": [{"path": str(rows)}], "workers": 0}
     config = write_config("run", STEPS, data=tree)
-    children = fork_group(2, tmp_path / "store", training(config))
-    wait_for_step(tmp_path / "run", 1, children[0])
-    for image in (tmp_path / "own").glob("*.png"):
-        image.write_bytes(b"")
-    wait_for_all(children)
-    said = said_by(2, tmp_path / "store")
-    assert all(text.startswith("error: ") and ".png" in text for text in said)
+    own = FileSource.__getitem__
+
+    def cannot_read(group):
+        def read(source, row):
+            if group.rank == 1 and (tmp_path / "run" / "checkpoints" / "step_000001").exists():
+                raise VlmtuneError("3.png cannot be read.")
+            return own(source, row)
+
+        FileSource.__getitem__ = read
+
+    said = train_together(2, tmp_path / "store", config, before=cannot_read)
+    assert said == ["error: rank 1: 3.png cannot be read.", "error: 3.png cannot be read."]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_is_found(write_config, tmp_path):
@@ -203,22 +211,31 @@ def test_the_command_starts_torchrun(write_config, tmp_path):
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert wrong.returncode == 1
-    assert all(line.startswith("error: rank ") for line in wrong.stderr.splitlines()), wrong.stderr
+    said = wrong.stderr.splitlines()
+    assert said and all(line.startswith("error: rank ") for line in said), "torchrun's own words are left out"
 
 
 @pytest.mark.slow
 def test_torchrun_continues_after_a_process_was_killed(write_config, tmp_path):
     train_together(2, tmp_path / "store", write_config("whole", 30))
-    config = write_config("killed", 30)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "vlmtune"]
-    process = subprocess.Popen(
-        [sys.executable, *command, "train", str(config), "--restart"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    wait_for_step(tmp_path / "killed", 3, None)
-    listed = subprocess.run(["pgrep", "-f", f"vlmtune train {config}"], capture_output=True, text=True).stdout.split()
-    workers = sorted(int(pid) for pid in listed if int(pid) != process.pid)
-    os.kill(workers[-1], signal.SIGKILL)
-    assert process.wait(timeout=300) == 0, process.stderr.read()
-    whole, killed = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "killed")
-    assert all(torch.equal(killed[name], value) for name, value in whole.items()), "--restart did not begin again"
+    config, run = write_config("killed", 30), tmp_path / "killed"
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "vlmtune"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *start, "train", str(config)], stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        while not (run / "checkpoints" / "step_000003").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        workers = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert said.count("continuing from") == 1 and said.count("trained 30 steps") == 1
+    whole, killed = final_tensors(tmp_path / "whole"), final_tensors(run)
+    assert all(torch.equal(killed[name], value) for name, value in whole.items())
+    refused = subprocess.run(
+        [sys.executable, *start, "train", str(config), "--restart"], capture_output=True, text=True, env=environment
+    )
+    assert refused.returncode and "--restart would delete the run again" in refused.stderr

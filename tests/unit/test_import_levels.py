@@ -60,6 +60,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("sealed", "errors"),
         ("sizes", "errors"),
         ("processes", "errors"),
+        ("processes", "interrupt"),
     },
     4: {
         ("trainer", "checkpoint"),
@@ -101,8 +102,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ),
         ("run", "prepare"),
         ("run", "same_run"),
-        ("prepare", "same_run"),
-        *(("same_run", other) for other in ("build", "config")),
+        *(("same_run", other) for other in ("build", "config", "prepare")),
         ("run", "view"),
         ("run", "vision_cache"),
         ("run", "outcome"),

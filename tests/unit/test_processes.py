@@ -59,6 +59,53 @@ def test_an_error_of_one_is_an_error_of_all(tmp_path):
     ]  # fmt: skip
 
 
+def test_any_failure_of_one_is_an_error_of_all(tmp_path):
+    def work(group):
+        try:
+            with group.agreed("writing"):
+                if group.rank == 0:
+                    raise OSError(28, "No space left on device")
+        except OSError as error:
+            return f"own: {error}"
+
+    own, other = together(2, tmp_path, work)
+    assert own == "own: [Errno 28] No space left on device"
+    assert other == "error: rank 0: OSError: [Errno 28] No space left on device"
+
+
+def test_one_that_leaves_says_why(tmp_path):
+    """The other waits for it without a limit, and knows at once."""
+
+    def work(group):
+        if group.rank == 1:
+            group.leave("its page could not be written")
+            return "left"
+        group.wait_for_all("checkpoint")
+
+    began = time.monotonic()
+    waited, _ = together(2, tmp_path, work)
+    assert "and ended: its page could not be written" in waited and time.monotonic() - began < 30
+
+
+def test_waiting_and_telling_are_different_places(tmp_path):
+    def work(group):
+        group.wait_for_all("checkpoint") if group.rank else group.gather("losses of step 3", 0)
+
+    said = together(2, tmp_path, work, patience=20.0)
+    assert "rank 1 is at 'checkpoint' (1), rank 0 is at 'losses of step 3' (1)" in said[1]
+    assert said[0].startswith("error: rank 0 at 'losses of step 3'")
+
+
+def test_a_store_with_words_of_an_earlier_start(tmp_path):
+    """torchrun keeps its store when it starts the processes again."""
+
+    def work(group):
+        group.wait_for_all("first")
+        return group.on_first("number", lambda: group._number)
+
+    assert together(2, tmp_path, work) == together(2, tmp_path, work)
+
+
 def test_the_first_of_a_machine_is_ahead(tmp_path):
     """The others wait as long as it lives, and go on where it failed."""
 
