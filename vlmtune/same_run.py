@@ -52,7 +52,7 @@ def require_same_data(processes: Processes, made: Prepared, device: torch.device
         return
     surveys = dict(made.fitted.surveys)
     rows = {
-        f"{group}{name}": [source.size, _digest(source, surveys.get(f"{group}{name}"))]
+        f"{group}{name}": f"{source.size} rows, {_digest(source, surveys.get(f'{group}{name}'))[:12]}"
         for group, sources in {"": made.sources, **{f"{name}/": found for name, found in made.groups.items()}}.items()
         for name, source in zip(source_names(sources), sources, strict=True)
     }

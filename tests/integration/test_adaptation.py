@@ -63,7 +63,15 @@ def weights(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:
         pytest.param({"train": "ia3"}, marks=pytest.mark.slow),
         {"train": "prefix", "options": {"length": 4}},
         pytest.param({"train": "cross_modal", "options": {"dim": 8, "heads": 2}}, marks=pytest.mark.slow),
-        {"train": "lora", "rank": {"qk": 2, "vo": 4, "up": 8, "down": 4}, "lr_b": 4.0, "options": {"use_dora": True}},
+        pytest.param(
+            {
+                "train": "lora",
+                "rank": {"qk": 2, "vo": 4, "up": 8, "down": 4},
+                "lr_b": 4.0,
+                "options": {"use_dora": True},
+            },
+            marks=pytest.mark.slow,
+        ),
         {"train": "lora", "rank": 4, "dropout": 0.1, "store": "nf4"},
         pytest.param({"train": "peft", "method": "loha", "options": {"r": 2}}, marks=pytest.mark.slow),
     ],
@@ -162,7 +170,7 @@ def test_the_mixed_plan_from_start_to_export(vlmtune, write_config, rows, inputs
     "rule",
     [
         {"train": "lora", "rank": 4},
-        {"train": "lora", "rank": {"qk": 2, "vo": 4, "up": 8, "down": 4}},
+        pytest.param({"train": "lora", "rank": {"qk": 2, "vo": 4, "up": 8, "down": 4}}, marks=pytest.mark.slow),
         pytest.param({"train": "lora", "rank": 4, "options": {"use_dora": True}}, marks=pytest.mark.slow),
         {"train": "ia3"},
         pytest.param({"train": "peft", "method": "loha", "options": {"r": 2}}, marks=pytest.mark.slow),

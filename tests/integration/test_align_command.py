@@ -46,6 +46,7 @@ def coloured(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_scenes_before_and_after(write_config, vlmtune, tmp_path):
     """A frozen tower, a projector that trains: one row is the same, and said to be; all figures agree everywhere."""
     assert vlmtune("train", write_config("run", 4))[0] == 0

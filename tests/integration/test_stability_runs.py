@@ -310,7 +310,7 @@ def test_a_damaged_file_from_before_training_is_said_at_the_start(write_config, 
 
 
 def test_more_than_the_memory_is_one_sentence(write_config, vlmtune, monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **named):
         raise MemoryError("Unable to allocate 59.6 GiB")
 
     monkeypatch.setattr("vlmtune.run.prepare", refuse)

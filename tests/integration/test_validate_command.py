@@ -228,6 +228,7 @@ def test_a_damaged_export_fails_in_its_own_process(learned, tmp_path, vlmtune):
     shutil.rmtree(tmp_path / "exported")
 
 
+@pytest.mark.slow
 def test_a_run_without_held_out_data_and_with_what_cannot_be_merged(write_config, tmp_path, vlmtune):
     plan = [
         {"match": "language", "train": "adapter", "options": {"dim": 4}},
@@ -243,6 +244,7 @@ def test_a_run_without_held_out_data_and_with_what_cannot_be_merged(write_config
     assert "not measured" in found["quantised", "quantised weights answer as float32 does"]["evidence"]
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_compared_as_it_is_exported(write_config, tmp_path, vlmtune):
     """NF4 moves the losses of a tiny model by more than the limit: a comparison with the trained model would fail."""
     plan = [{"match": "language", "train": "lora", "rank": 4, "store": "nf4"}, {"match": "*", "train": "frozen"}]

@@ -317,7 +317,7 @@ def test_the_hugging_face_loss(name, model_folder, encoded):
     assert gradient_gap(reference, gradients) < GRADIENT
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_default(FAMILIES, NAMES))
 def test_short_weights_change_no_bit(name, model_folder, encoded):
     """`store: auto`: under bfloat16 a product rounds its weights; weights that were rounded before give the same."""
     encoder, samples = encoded(name)

@@ -128,7 +128,7 @@ def test_method(method, name, model_folder, batch_of, tmp_path):
         assert float((logits_of(model, batch.inputs) - trained).abs().max()) < 1e-4 * scale
 
 
-@pytest.mark.parametrize("name", by_default({"llava", "qwen2_5_vl"}, NAMES))  # 30 to 80 seconds each
+@pytest.mark.parametrize("name", by_default({"llava"}, NAMES))  # 30 to 80 seconds each
 def test_a_fresh_process_gives_equal_logits(name, model_folder, batch_of, tmp_path):
     """One process loads the checkpoints of all methods: what it answers is bit for bit what was trained."""
     batch, folder = batch_of(name), model_folder(name)

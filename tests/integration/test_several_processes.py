@@ -206,6 +206,11 @@ def test_the_command_starts_torchrun(write_config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes share every step") == 1 and "trained 3 steps" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
+@pytest.mark.slow
+def test_the_command_says_what_the_processes_say(write_config):
+    config = write_config("run", 3)
     wrong = subprocess.run(
         [sys.executable, "-m", "vlmtune", "train", str(config), "train.batch_size=1", "--nproc=2"],
         capture_output=True, text=True, timeout=300,
