@@ -476,7 +476,7 @@ def main() -> None:
     try:
         app()
     except VlmtuneError as error:
-        errors.print(f"[bold red]error:[/] {_rank()}", end="")
+        errors.print(f"[bold red]error:[/] {_rank(str(error))}", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except Interrupted as interrupted:
@@ -500,9 +500,11 @@ def main() -> None:
         sys.exit(130)
 
 
-def _rank() -> str:
-    """Of this process, for messages that several of them write to one place."""
-    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+def _rank(said: str) -> str:
+    """Of this process, where several of them write to one place, and it does not stand in what is said."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or said.startswith(f"rank {os.environ['RANK']} "):
+        return ""
+    return f"rank {os.environ['RANK']}: "
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ T = TypeVar("T")
 BUCKET = 2**24  # numbers that are added up in one message
 FIRST_LOOK, LOOKS = 0.005, 0.1  # seconds between two looks at who has arrived, at first and later
 ASKS = 1.0  # seconds between two times that one who waits asks where the others are
-ANSWERS = 5.0  # seconds in which a store answers
+ANSWERS = 2.0  # seconds in which a store answers
 NAMED = 8  # samples that a process says it is at work with
 
 
