@@ -19,6 +19,7 @@ from processes_setup import fork_group, said_by, train_together, training, wait_
 from run_setup import final_tensors, numbers, train_quietly, wait_for_step
 from training_setup import write_data
 
+from vlmtune.checkpoint import latest_checkpoint
 from vlmtune.data.sources import FileSource
 from vlmtune.step import StepShare
 from vlmtune.types import VlmtuneError
@@ -89,12 +90,15 @@ def test_another_number_of_processes_continues(write_config, tmp_path):
 )
 def test_killed_again_and_again_it_ends_with_the_same_weights(times, write_config, tmp_path):
     """kill -9 of one of two processes at random moments. The other ends with a sentence; the same command goes on."""
-    train_together(2, tmp_path / "store", write_config("whole", STEPS))
-    config, generator = write_config("killed", STEPS), random.Random(0)
+    steps = STEPS * times
+    train_together(2, tmp_path / "store", write_config("whole", steps))
+    config, generator = write_config("killed", steps), random.Random(0)
     for number in range(times):
         store = tmp_path / f"store{number}"
+        newest = latest_checkpoint(tmp_path / "killed" / "checkpoints")
         children = fork_group(2, store, training(config), patience=5.0)
-        wait_for_step(tmp_path / "killed", 1 + number * STEPS // times // 2, children[0])
+        done = 0 if newest is None else int(newest.name.removeprefix("step_"))
+        wait_for_step(tmp_path / "killed", done + 1, children[0])
         time.sleep(generator.random() / 10)
         victim = generator.randrange(2)
         os.kill(children[victim], signal.SIGKILL)
