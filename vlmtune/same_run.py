@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib import metadata
 
 import torch
-from torch import Tensor
 
 from vlmtune import __version__
+from vlmtune.adapt.plan import tensor_digest
 from vlmtune.build import source_names
 from vlmtune.config import Config, differing_keys
 from vlmtune.data.sources import SampleSource
@@ -59,7 +59,7 @@ def require_same_data(processes: Processes, made: Prepared, device: torch.device
     described = {
         "data (rows, digest)": rows,
         "base model (digests of weights)": made.plan.base,
-        "plan": _sha([[name, list(p.shape), str(p.dtype), _some(p)] for name, p in made.plan.parameters.items()]),
+        "plan": _sha([[name, str(p.dtype), tensor_digest(p)] for name, p in made.plan.parameters.items()]),
         "train.precision": made.settings.precision,
         "device": device.type,
     }
@@ -81,11 +81,6 @@ def _digest(source: SampleSource, survey: Survey | None) -> str:
     some = range(0, size, max(1, size // LOOKED_AT))
     lengths = None if survey is None else hashlib.sha256(survey.tokens.tobytes()).hexdigest()
     return _sha([lengths, *(_texts(source[row]) for row in some)])
-
-
-def _some(parameter: Tensor) -> list[float]:
-    """Its first values: of what was drawn, they tell the draw."""
-    return parameter.detach().reshape(-1)[:8].tolist()
 
 
 def _texts(sample: Sample) -> list:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmtune.adapt.library import inject
 from vlmtune.adapt.methods import (
@@ -194,10 +194,15 @@ def base_digest(names: dict[str, nn.Parameter], assignment: dict[str, tuple[str,
     for name, parameter in names.items():
         if part_of(name) == "heads" or assignment[name][1].store in QUANTISED or not has_data(parameter):
             continue
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // 16)][:32].float().cpu().numpy().tobytes()
-        digests[name] = hashlib.sha256(f"{tuple(parameter.shape)}".encode() + some).hexdigest()[:12]
+        digests[name] = tensor_digest(parameter)
     return digests
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Of its shape and a few numbers from all over it, whatever its format and device."""
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // 16)][:32].float().cpu().numpy().tobytes()
+    return hashlib.sha256(f"{tuple(tensor.shape)}".encode() + some).hexdigest()[:12]
 
 
 def _in_a_block(name: str) -> bool:

@@ -22,7 +22,7 @@ from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM
 from vlmtune.optim.precision import Precision, autocast
 from vlmtune.processes import ALONE, Processes
-from vlmtune.types import Box, Encoded, Sample, VlmtuneError
+from vlmtune.types import Box, Sample, VlmtuneError
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def _evaluate(
         if max_new_tokens is None:
             continue
         prompts = [encoder.encode_prompt(sample) for sample in samples]
-        generate = partial(_generated, model, encoder, max_new_tokens, batch_size)
+        generate = partial(generate_replies, model, encoder, max_new_tokens=max_new_tokens, batch_size=batch_size)
         replies = _spread(processes, f"replies of {group}", prompts, batch_size, generate)
         boxes = [
             encoder.coordinates.parse(reply, prompt.geometry[0]) if prompt.geometry else []
@@ -175,10 +175,6 @@ def _spread(
         for n, result in zip(of(rank), part, strict=True):
             results[n] = result
     return results
-
-
-def _generated(model, encoder: Encoder, max_new_tokens: int, batch_size: int, prompts: list[Encoded]) -> list[str]:
-    return generate_replies(model, encoder, prompts, max_new_tokens, batch_size)
 
 
 def mean_loss(rows: Sequence[SampleLoss]) -> float:

@@ -38,7 +38,7 @@ def build_adamw(
     """
     for group in groups:
         group["peak_lr"] = group["lr"]
-    if name == "adamw":  # fused: one pass over memory, where foreach takes eight
+    if name == "adamw":  # fused: one pass over memory instead of one for each operation
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     try:
         metadata.version("bitsandbytes")
