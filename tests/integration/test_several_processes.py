@@ -212,6 +212,16 @@ def test_the_command_starts_torchrun(write_config, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
 
 
+def test_others_that_do_not_come_are_waited_for_as_long_as_the_config_says(write_config, vlmtune, monkeypatch):
+    nobody = {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29431}
+    for name, value in nobody.items():
+        monkeypatch.setenv(name, str(value))
+    began = time.monotonic()
+    code, _, err = vlmtune("train", write_config("run", STEPS), "train.rank_timeout=1")
+    assert code == 1 and "rank 1 of 2 did not find the others at 127.0.0.1:29431 within 1 s" in " ".join(err.split())
+    assert time.monotonic() - began < 60, "300 s is the default"
+
+
 @pytest.mark.slow
 def test_the_command_says_what_the_processes_say(write_config):
     config = write_config("run", 3)
