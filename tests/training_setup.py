@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlmtune.adapt.plan import Plan, Policy, apply_plan
+from vlmtune.adapt.sharding import shard_model
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
+from vlmtune.data.filler import encode_filler
 from vlmtune.data.grounding import coordinates
 from vlmtune.data.loader import Room, Steps, load_steps
 from vlmtune.data.mixture import Mixture
@@ -27,6 +29,7 @@ from vlmtune.models.load import load_model, load_processor
 from vlmtune.models.vlm import VLM, checkpoint_activations, set_training_mode
 from vlmtune.models.vocabulary import NewTokens, add_tokens
 from vlmtune.optim.optimizer import build_adamw
+from vlmtune.processes import Group
 from vlmtune.schedule import Piecewise, Rate, cosine_with_warmup, piecewise
 from vlmtune.step import TrainingModule
 from vlmtune.trainer import Settings, Trainer
@@ -188,11 +191,13 @@ def make_trainer(
     parts: Mapping[str, Any] | None = None,
     device: str = "cpu",
     eps: float = 1e-8,
+    holders: Group | None = None,
     **settings,
 ) -> Setup:
     """A trainer over `data`, 4 samples a step, seeded, float32; `settings` override `Settings` fields.
 
-    eps: of AdamW; over: rule -> factor on its learning rate over progress; parts: further arguments of `Trainer`.
+    eps: of AdamW; holders: processes of which each holds a part of the model; over: rule -> factor on its learning rate
+    over progress; parts: further arguments of `Trainer`.
     """
     torch.manual_seed(0)
     model, encoder, new = extend(model_folder, new_tokens, convention)
@@ -203,6 +208,11 @@ def make_trainer(
     plan = apply_plan(model, rules(model), str(model_folder), seed=0, new_tokens=new)
     if gradient_checkpointing:
         checkpoint_activations(model)
+    parts = dict(parts or {})
+    if holders is not None:
+        plan = shard_model(model, plan, holders.mesh(torch.device(device)))
+        steps.filler = encode_filler(encoder, source[0].task)
+        parts |= {"processes": holders, "filler": collate([steps.filler], encoder.pad_token_id, fillers=1)}
     wishes = {
         "total_steps": total_steps,
         "rates": {
@@ -235,7 +245,7 @@ def make_trainer(
         "fingerprint",
         torch.device(device),
         observers,
-        **(parts or {}),
+        **parts,
     )
     set_training_mode(model)
     return Setup(model, encoder, plan, trainer, steps)

@@ -50,6 +50,7 @@ NOT_FINGERPRINTED = (
     ("train", "threads"),
     ("train", "log_every"),
     ("train", "rank_timeout"),
+    ("train", "shard"),
     ("checkpoint", "keep"),
     ("checkpoint", "patience"),
     ("stability",),  # says what to do about a failure, so that a run can go on after one

@@ -14,31 +14,35 @@ Files are written to a temporary sibling, synced and renamed: a folder with a fi
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vlmtune import __version__
 from vlmtune.adapt.plan import Plan
 from vlmtune.adapt.record import plan_record, require_same_plan
 from vlmtune.adapt.state import load_adapters, load_trained, save_adapters, trained_state
-from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors
+from vlmtune.optim.optimizer import load_optimizer_tensors, optimizer_tensors, stored_like
 from vlmtune.paths import DISK_FULL, sync
 from vlmtune.probe import FILE as PROBE_FILE
 from vlmtune.probe import Probe
+from vlmtune.processes import ALONE, Processes
 from vlmtune.sealed import digests, read_sealed, require_whole, seal
+from vlmtune.tensor_file import fill_in, lay_out, read_tensors
 from vlmtune.types import VlmtuneError
 
 FORMAT = 1
@@ -101,43 +105,62 @@ def save_checkpoint(
     fingerprint: str,
     objective: torch.nn.Module,
     recorded: Recorded | None = None,
+    writers: Processes = ALONE,
 ) -> None:
-    """Write `folder` atomically. An existing folder of that name is replaced. objective: what it learns is saved.
+    """Write `folder` atomically. An existing folder of that name is replaced. objective: what it learns is saved;
+    writers: of a sharded model all processes call this, and each writes the rows it holds.
 
     Raises VlmtuneError where it cannot be written (a full disk, a quota): then nothing of it is left, and all earlier
     checkpoints are as they were.
     """
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
+    of_first = writers.gather("a checkpoint", os.getpid())[0]
+    draft = folder.with_name(f".{folder.name}.{of_first}.tmp")
+    full, adapters = trained_state(model, plan)
+    files = {draft / "trained.safetensors": full, draft / "optimizer.safetensors": optimizer_tensors(optimizer)}
     try:
-        draft.mkdir(parents=True)
-        _write(draft, model, plan, optimizer, state, fingerprint, objective, recorded)
-        for path in [*draft.rglob("*"), draft]:
-            sync(path)
-        if folder.exists():
-            remove_checkpoint(folder)
-        os.replace(draft, folder)
-        sync(folder.parent)
+        with writers.agreed("room for a checkpoint"), _explained(folder):
+            if writers.is_first:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+                for path, tensors in files.items():
+                    lay_out(path, tensors)
+        with writers.agreed("rows of a checkpoint"), _explained(folder):
+            for path, tensors in files.items():
+                fill_in(path, tensors, writers.is_first)
+        with writers.agreed("the rest of a checkpoint"), _explained(folder):
+            if writers.is_first:
+                save_adapters(adapters, plan, draft / "adapter")
+                _describe(draft, plan, state, fingerprint, objective, recorded)
+                for path in [*draft.rglob("*"), draft]:
+                    sync(path)
+                if folder.exists():
+                    remove_checkpoint(folder)
+                os.replace(draft, folder)
+                sync(folder.parent)
+    except VlmtuneError:
+        if writers.is_first:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What the disk says, as a sentence on the checkpoint."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise VlmtuneError(_not_written(folder, error)) from error
 
 
-def _write(
+def _describe(
     draft: Path,
-    model: torch.nn.Module,
     plan: Plan,
-    optimizer: torch.optim.Optimizer,
     state: TrainState,
     fingerprint: str,
     objective: torch.nn.Module,
     recorded: Recorded | None,
 ) -> None:
-    full, adapters = trained_state(model, plan)
-    save_file({k: v.contiguous() for k, v in full.items()}, draft / "trained.safetensors", metadata={"format": "pt"})
-    save_adapters(adapters, plan, draft / "adapter")
     (draft / "plan.json").write_text(json.dumps(plan_record(plan), indent=1))
-    save_file(optimizer_tensors(optimizer), draft / "optimizer.safetensors", metadata={"format": "pt"})
     learned = {name: value.contiguous() for name, value in objective.state_dict().items()}
     if learned:
         save_file(learned, draft / "objective.safetensors", metadata={"format": "pt"})
@@ -197,7 +220,7 @@ def load_weights(folder: Path, model: torch.nn.Module, plan: Plan) -> dict:
         )
     if (folder / "plan.json").is_file():  # of checkpoints written before there was one, the tensors are compared
         require_same_plan(json.loads((folder / "plan.json").read_text()), plan_record(plan), str(folder))
-    load_trained(model, plan, _tensors(folder / "trained.safetensors"), str(folder))
+    load_trained(model, plan, _tensors(folder / "trained.safetensors", plan.parameters), str(folder))
     load_adapters(model, plan, folder / "adapter")
     return described
 
@@ -219,7 +242,7 @@ def load_checkpoint(
     load_weights(folder, model, plan)
     if objective.state_dict():
         objective.load_state_dict(_tensors(folder / "objective.safetensors"))
-    load_optimizer_tensors(optimizer, _tensors(folder / "optimizer.safetensors"))
+    load_optimizer_tensors(optimizer, _tensors(folder / "optimizer.safetensors", stored_like(optimizer)))
     restore_rng(described["rng"])
     return TrainState(**described["state"])
 
@@ -332,8 +355,9 @@ def _decode_bytes(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, like: Mapping[str, torch.Tensor] = MappingProxyType({})) -> dict[str, torch.Tensor]:
+    """like: name -> a tensor whose rows this process needs, where that is in parts."""
     try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
+        return read_tensors(path, like)
+    except (OSError, SafetensorError, ValueError) as error:
         raise VlmtuneError(f"{path} is missing or damaged ({error}); {OTHER}.") from error

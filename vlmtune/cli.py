@@ -270,12 +270,13 @@ def plan(
     images: Annotated[int, typer.Option(help="of a sample (without --data)")] = 1,
     max_pixels: Annotated[int | None, typer.Option(help="of an image (without --data)")] = None,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="where training will run")] = "cuda",
+    processes: Annotated[int, typer.Option(min=1, help="that train together, on a device each")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print the answer as JSON")] = False,
 ) -> None:
     """Predict memory from config.json alone, and recommend method, ranks, batch and checkpointing, with reasons."""
     from vlmtune.plan_model import plan_model
 
-    plan_model(model, memory, console, goal, data, tokens, images, max_pixels, device, as_json)
+    plan_model(model, memory, console, goal, data, tokens, images, max_pixels, device, as_json, processes)
 
 
 @app.command()

@@ -58,8 +58,10 @@ def plan_model(
     max_pixels: int | None = None,
     device: Device = "cuda",
     as_json: bool = False,
+    processes: int = 1,
 ) -> dict[str, Any]:
-    """Print (and return) the recommended plan of a model. model: folder, config.json, or a published name.
+    """Print (and return) the recommended plan of a model. model: folder, config.json, or a published name; processes:
+    train together, with so much memory each.
 
     data: a config whose data is measured; tokens, images, max_pixels: of a sample, where there is none.
     Raises VlmtuneError for input that cannot be read, and when nothing fits.
@@ -68,7 +70,7 @@ def plan_model(
     name, config = resolve_shape(resolve_model(model) if model.startswith("embedded") else model)
     shape = _from_data(data, config, console) if data else _assumed(config, tokens, images, max_pixels)
     reserve = int(CONTEXT + FRAGMENTED * limit) if device == "cuda" else 0
-    decision = decide(config, limit, goal, shape.batch, device, reserve=reserve)
+    decision = decide(config, limit, goal, shape.batch, device, reserve=reserve, processes=processes)
     answer = _answer(model if model.startswith("embedded") else name, limit, reserve, device, goal, shape, decision)
     if as_json:
         console.print_json(json.dumps(answer))
@@ -166,6 +168,8 @@ def _answer(
         "reserve": reserve,
         "device": device,
         "goal": goal,
+        "processes": decision.processes,
+        "holders": chosen.holders,
         "data": shape.origin,
         "method": chosen.candidate.name,
         "micro_batch_size": chosen.micro_batch,
@@ -177,7 +181,8 @@ def _answer(
         "on_host": prediction.host,
         "image_share": prediction.image_share,
         "options": [
-            {"method": option.candidate.name, "bytes": option.needs, "is_lower_bound": option.prediction is None,
+            {"method": option.name, "sent": option.sent(decision.processes), "bytes": option.needs,
+             "is_lower_bound": option.prediction is None,
              "fits": option.needs <= decision.limit if option.prediction or option.needs > decision.limit else None,
              "chosen": option is chosen}
             for option in decision.options
@@ -187,13 +192,17 @@ def _answer(
     }  # fmt: skip
 
 
+def _devices(answer: dict[str, Any]) -> str:
+    return f"each of {answer['processes']} {answer['device']} devices" if answer["processes"] > 1 else answer["device"]
+
+
 def _show(answer: dict[str, Any], console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
     trained = f"{answer['trained'] / 1e6:.1f} million of them trained"
     say(f"{answer['model']}: {answer['parameters'] / 1e9:.2f} billion parameters, {trained}; "
-        f"{answer['memory'] / GIB:.1f} GiB on {answer['device']}, goal {answer['goal']}")  # fmt: skip
+        f"{answer['memory'] / GIB:.1f} GiB on {_devices(answer)}, goal {answer['goal']}")  # fmt: skip
     say(f"data {answer['data']}")
     table = Table(title=f"one optimizer step at its peak ({answer['peak_in']})", title_justify="left")
     table.add_column("item")
@@ -210,12 +219,14 @@ def _show(answer: dict[str, Any], console: Console) -> None:
     if answer["on_host"]:
         say(f"optimizer state that may be paged to the host: {answer['on_host'] / GIB:.3f} GiB")
     options = Table(title="what was considered", title_justify="left")
-    for column in ("plan", "GiB", "fits"):
-        options.add_column(column, justify="right" if column == "GiB" else "left")
+    several = answer["processes"] > 1
+    for column in ("plan", "GiB", *(["GiB sent a step"] if several else []), "fits"):
+        options.add_column(column, justify="right" if column.startswith("GiB") else "left")
     for option in answer["options"]:
         bound = "≥ " if option["is_lower_bound"] else ""
         fits = {True: "yes", False: "no", None: "not tried"}[option["fits"]]
-        options.add_row(option["method"], f"{bound}{option['bytes'] / GIB:.1f}",
+        sent = [f"{option['sent'] / GIB:.1f}"] if several else []
+        options.add_row(option["method"], f"{bound}{option['bytes'] / GIB:.1f}", *sent,
                         "chosen" if option["chosen"] else fits)  # fmt: skip
     console.print(options)
     for reason in answer["reasons"]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 
-from vlmtune.adapt.plan import Plan, apply_plan
+from vlmtune.adapt.plan import Plan, apply_plan, tensor_digest
+from vlmtune.adapt.sharding import Parts, is_worth_sharding, shard_model
 from vlmtune.build import (
     Base,
     FittedData,
@@ -32,6 +33,7 @@ from vlmtune.checks.settings import Course, settings_findings
 from vlmtune.config import Config
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
+from vlmtune.data.filler import encode_filler
 from vlmtune.data.loader import Steps
 from vlmtune.data.share import Share
 from vlmtune.data.sources import SampleSource
@@ -50,12 +52,15 @@ from vlmtune.optim.optimizer import usable_here
 from vlmtune.optim.precision import bf16_is_fast, resolve_precision
 from vlmtune.probe import SAMPLES, Probe
 from vlmtune.processes import ALONE, Processes
+from vlmtune.shards import fold
 from vlmtune.start import (
     Phase,
     check_start,
+    check_weights,
     first_micro_batches,
     halves_finding,
     memory_finding,
+    memory_there,
     predict_phases,
     require_no_failure,
 )
@@ -69,7 +74,9 @@ LOOKED_AT = 64  # samples of a source that has no end
 class Prepared:
     """Everything that a run trains with, before its folder is touched.
 
-    findings: how what learns begins; judged: the values of the config, and memory; both empty where not looked at.
+    findings: how what learns begins; judged: the values of the config, and memory; both empty where not looked at;
+    digests: canonical name -> format and digest of what every trained parameter begins with; filler: of a sharded
+    model, a micro-batch without a sample.
     """
 
     model: torch.nn.Module
@@ -84,6 +91,8 @@ class Prepared:
     findings: list[Finding]
     judged: list[Finding]
     predictions: list[Phase]
+    digests: dict[str, str]
+    filler: Batch | None = None
 
 
 def prepare(
@@ -133,20 +142,32 @@ def prepare(
         checkpoint_activations(model, config.train.gradient_checkpointing)
     if config.data.vision_cache is not None:
         require_two_halves(model, plan.parameters)
-    place(model, device)
-    for line in apply_formats(model, plan, config):
+    findings = check_weights(model, plan, encoder) if check else []
+    digests = {name: f"{p.dtype} {tensor_digest(p)}" for name, p in plan.parameters.items()}
+    formats = apply_formats(model, plan, config)
+    parts = None
+    if _is_in_parts(config, model, plan, device, processes):
+        keep_tower = config.data.vision_cache is not None  # else it need not run in all processes at once
+        parts = Parts.of(model, plan, keep_tower)
+        plan = shard_model(model, plan, processes.mesh(device), keep_tower)
+        formats.append(f"every process holds a part of the model ({processes.size} of them)")
+    else:
+        place(model, device)
+    for line in formats:
         console.print(line, highlight=False, markup=False)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)
-    steps.share = _share_of(processes, sources, fitted.of_train)
+    share = _share_of(processes, sources, fitted.of_train)
+    if parts is None:  # else all processes look at the same samples until the first step
+        steps.share = share
     batches = first_micro_batches(steps)
-    findings = check_start(model, plan, encoder, batches[0], precision) if check else []
+    findings += check_start(model, plan, batches[0], precision) if check else []
     findings += start_fast(model, plan, config.train.fused, config.train.packing, batches[-1], precision, check)
     if is_packing(model):
         steps.room = replace(steps.room, has_padding=False)
     batches = first_micro_batches(steps)
-    predictions = predict_phases(config, settings, model, batches, base.new_tokens, device)
+    predictions = predict_phases(config, settings, model, batches, base.new_tokens, device, parts, processes.size)
     made = Prepared(
-        model, encoder, sources, groups, fitted, steps, settings, plan, objective, findings, [], predictions
+        model, encoder, sources, groups, fitted, steps, settings, plan, objective, findings, [], predictions, digests
     )
     if check:
         if config.data.vision_cache is not None:
@@ -155,7 +176,44 @@ def prepare(
         is_shared = any(rule.batchnorm == "sync" for rule in config.plan)
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
         made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
-    return made
+    fold(model)
+    return _with_fillers(made, share) if parts is not None else made
+
+
+def _is_in_parts(
+    config: Config, model: torch.nn.Module, plan: Plan, device: torch.device, processes: Processes
+) -> bool:
+    """Whether every process holds a part of the model (`train.shard`). Raises VlmtuneError where something else of the
+    config needs a whole one."""
+    wish = config.train.shard
+    if processes.size == 1 or wish is False:
+        return False
+    if wish == "auto":
+        there = memory_there(device) // (processes.of_machine if device.type == "cpu" else 1)
+        is_large = is_worth_sharding(model, plan, config.optim.name, there)
+        if not any(processes.gather("models that are too large", is_large)):
+            return False
+    needs = {
+        f"optim.name: {config.optim.name}": config.optim.name != "adamw",
+        "loss.balance gradnorm": config.loss.balance.by == "gradnorm",
+        "evaluate.samples_every": config.evaluate.samples_every is not None,
+    }
+    if needed := [name for name, is_needed in needs.items() if is_needed]:
+        raise VlmtuneError(
+            f"{needed[0]} needs a whole model in every process, but "
+            + ("train.shard is true" if wish is True else "this one is too large for that (train.shard: auto)")
+            + "; change one of them."
+        )
+    return True
+
+
+def _with_fillers(made: Prepared, share: Share | None) -> Prepared:
+    """From here on every part of the model runs in all processes at once: micro-batches without an image get one."""
+    steps = made.steps
+    source, row = steps.order[0]
+    filler = encode_filler(steps.encoder, made.sources[source][row].task)
+    steps.share, steps.filler = share, filler
+    return replace(made, filler=collate([filler], steps.encoder.pad_token_id, fillers=1))
 
 
 def _share_of(processes: Processes, sources: Sequence[SampleSource], surveys: Sequence[Survey | None]) -> Share | None:

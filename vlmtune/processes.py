@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.interrupt import Interrupted
@@ -40,10 +41,11 @@ NAMED = 8  # samples that a process says it is at work with
 class Processes:
     """The only process of a run, and what all of them can be asked.
 
-    rank: its number; size: how many there are; local_rank: its number on its machine, and of its GPU.
+    rank: its number; size: how many there are; local_rank: its number on its machine, and of its GPU; of_machine: how
+    many there are on it.
     """
 
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, of_machine = 0, 1, 0, 1
 
     @property
     def is_first(self) -> bool:
@@ -59,6 +61,14 @@ class Processes:
         Raises VlmtuneError in all of them where one is silent, gone, or at another place than `what`.
         """
         return [told]
+
+    @contextlib.contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Around work in which the backend exchanges tensors by itself: the parts of a sharded model.
+
+        Raises VlmtuneError, which names who is missing, in place of what the backend raises.
+        """
+        yield
 
     def wait_for_all(self, what: str) -> None:
         """Until all are here, however long the others work, as long as they live."""
@@ -90,11 +100,21 @@ ALONE = Processes()
 class Group(Processes):
     """One of several processes. A silent one is waited for `patience` seconds.
 
-    store: what all of them write to and read from; machine: which one this process runs on.
+    store: what all of them write to and read from; machine: which one this process runs on; of_machine: processes on
+    it, None: all.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, patience: float, local_rank: int = 0, machine: int = 0):
-        self.rank, self.size, self.local_rank = rank, size, local_rank
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        patience: float,
+        local_rank: int = 0,
+        machine: int = 0,
+        of_machine: int | None = None,
+    ):
+        self.rank, self.size, self.local_rank, self.of_machine = rank, size, local_rank, of_machine or size
         self.patience, self.machine = patience, machine
         limit = datetime.timedelta(seconds=patience)
         store.set_timeout(limit)
@@ -137,6 +157,20 @@ class Group(Processes):
         if any(row[:2] != read[0][:2] for row in read):
             raise VlmtuneError(_elsewhere({rank: (at, number) for rank, (number, at, _) in enumerate(read)}))
         return [row[2] for row in read]
+
+    @contextlib.contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no class of its own
+                raise
+            with self._explained(what):
+                raise
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All processes in a row, for the parts of a sharded model."""
+        return init_device_mesh(device.type, (self.size,))
 
     def wait_for_all(self, what: str) -> None:
         self._enter(what)
@@ -453,7 +487,8 @@ def joined(patience: float) -> Iterator[Processes]:
         torch.cuda.set_device(local_rank)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience)))
-        group = Group(store, rank, size, patience, local_rank, int(os.environ.get("GROUP_RANK", "0")))
+        machine, here = (int(os.environ.get(name, "0")) for name in ("GROUP_RANK", "LOCAL_WORLD_SIZE"))
+        group = Group(store, rank, size, patience, local_rank, machine, here or None)
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise VlmtuneError(

@@ -58,6 +58,7 @@ from vlmtune.processes import ALONE, Processes
 from vlmtune.same_run import require_same_config, require_same_data
 from vlmtune.samples import Gallery, SampleWriter
 from vlmtune.sealed import finite, read_json
+from vlmtune.shards import fold, is_sharded
 from vlmtune.start import (
     MemoryReport,
     describe_phases,
@@ -74,6 +75,10 @@ from vlmtune.vision_cache import VisionCache
 KEYS_NAMED = 4  # of two configs that differ
 LOSS_SAMPLES = 32  # of the loss table, about
 FIRST_BATCH_SHOWN = 8  # samples of the first batch in first_batch.html
+IN_PARTS = (
+    "The cause was not looked for, because each process holds a part of the model; go on with one process, or with "
+    "train.shard: false."
+)
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pydantic")
 
 
@@ -161,9 +166,12 @@ def _train(
         made.steps.order if isinstance(made.steps.order, TemperatureOrder) else None,
         build_recovery(config), probe_of(made.steps),
         () if own is None else (own.history.path, own.history.gradients), stop,
-        tower, vision=None if cache is None else cache.vision, processes=processes,
+        tower, vision=None if cache is None else cache.vision, processes=processes, filler=made.filler,
     )  # fmt: skip
-    trainer.investigate = investigator(folder, trainer, made.encoder, made.steps)
+    if is_sharded(made.model):  # a part of a model runs nothing by itself
+        trainer.investigate = lambda failure, rng: IN_PARTS
+    else:
+        trainer.investigate = investigator(folder, trainer, made.encoder, made.steps)
     if checkpoint is not None:
         with processes.agreed("resume"):
             trainer.resume(checkpoint)
@@ -341,8 +349,10 @@ def measure(config: Config, made: Prepared, limit: int | None, processes: Proces
     measured = evaluate(
         made.model, made.encoder, made.groups, limit=limit, batch_size=wish.batch_size,
         max_new_tokens=wish.max_new_tokens if wish.generate else None, precision=made.settings.precision,
-        choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics, processes=processes,
+        choices=ChoiceRule(wish.choices, wish.alpha), chosen=wish.metrics,
+        processes=ALONE if is_sharded(made.model) else processes,  # all run every forward of a sharded one together
     )  # fmt: skip
+    fold(made.model)
     # what is decided by them is decided alike
     return replace(measured, metrics=processes.gather("metrics", measured.metrics)[0])
 

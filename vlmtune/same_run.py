@@ -10,7 +10,6 @@ from importlib import metadata
 import torch
 
 from vlmtune import __version__
-from vlmtune.adapt.plan import tensor_digest
 from vlmtune.build import source_names
 from vlmtune.config import Config, differing_keys
 from vlmtune.data.sources import SampleSource
@@ -59,7 +58,7 @@ def require_same_data(processes: Processes, made: Prepared, device: torch.device
     described = {
         "data (rows, digest)": rows,
         "base model (digests of weights)": made.plan.base,
-        "plan": _sha([[name, str(p.dtype), tensor_digest(p)] for name, p in made.plan.parameters.items()]),
+        "plan": _sha([list(pair) for pair in made.digests.items()]),
         "train.precision": made.settings.precision,
         "device": device.type,
     }

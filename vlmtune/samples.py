@@ -129,7 +129,6 @@ class SampleWriter(Observer):
         if self.every is not None and state.step % self.every == 0 and self.gallery.samples:
             self._record(state.step, self._ask())
 
-    @torch.inference_mode()
     def _ask(self) -> list[Answer]:
         """As an evaluation does it: the training does not notice."""
         rng = torch.get_rng_state()

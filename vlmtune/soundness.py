@@ -13,6 +13,7 @@ from vlmtune.models.vlm import set_training_mode
 from vlmtune.optim.precision import Precision
 from vlmtune.probe import Probe
 from vlmtune.processes import ALONE, Processes
+from vlmtune.shards import own_rows
 from vlmtune.types import Finding
 
 
@@ -60,6 +61,6 @@ class Soundness:
         """Whether the weights answer nothing finite, or are not finite themselves: no batch is to blame then."""
         if self.watch.is_telling and not all(math.isfinite(loss) for loss in self.losses()):
             return True
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters])
+        norms = torch._foreach_norm([own_rows(parameter) for parameter in self.parameters])
         is_finite = bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
         return not all(self.processes.gather("weights that are finite", is_finite))

@@ -21,9 +21,10 @@ from vlmtune.adapt.memory import PeakMeter, predict_step
 from vlmtune.adapt.plan import Plan, Policy
 from vlmtune.adapt.prediction import Prediction, StepSettings
 from vlmtune.adapt.serving import serving_notes
+from vlmtune.adapt.sharding import Parts
 from vlmtune.adapt.state import trained_buffers
 from vlmtune.build_course import policies_at
-from vlmtune.checks.before import initial_findings
+from vlmtune.checks.before import identity_findings, initial_findings
 from vlmtune.config import Config
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
@@ -72,19 +73,21 @@ def assignment_table(rows: list[dict]) -> Table:
     return table
 
 
-def check_start(
-    model: torch.nn.Module, plan: Plan, encoder: Encoder, batch: Batch, precision: Precision
-) -> list[Finding]:
-    """How everything that learns begins (SPEC D6). Raises VlmtuneError for the first finding that fails.
+def check_weights(model: torch.nn.Module, plan: Plan, encoder: Encoder) -> list[Finding]:
+    """How everything that learns begins (SPEC D6), by its numbers. Raises VlmtuneError for the first finding that
+    fails."""
+    findings = initial_findings(model, plan, len(encoder.processor.tokenizer))
+    require_no_failure(findings, "start")
+    return findings
 
-    batch: on which the adapted model is compared with the base model.
-    """
+
+def check_start(model: torch.nn.Module, plan: Plan, batch: Batch, precision: Precision) -> list[Finding]:
+    """Whether the adapted model begins as the base model (SPEC D6), on this batch."""
     batch = batch.to(model.device)
     rng = torch.get_rng_state()
     with autocast(precision, model.device):
-        findings = initial_findings(model, plan, len(encoder.processor.tokenizer), batch.inputs)
+        findings = identity_findings(model, plan, batch.inputs)
     torch.set_rng_state(rng)
-    require_no_failure(findings, "start")
     return findings
 
 
@@ -170,8 +173,13 @@ def predict_phases(
     batches: list[Batch],
     new_tokens: NewTokens,
     device: torch.device,
+    parts: Parts | None = None,
+    processes: int = 1,
 ) -> list[Phase]:
-    """What trains when, and the memory of a step of each phase (SPEC F1, C9); one phase where nothing is unfrozen."""
+    """What trains when, and the memory of a step of each phase (SPEC F1, C9); one phase where nothing is unfrozen.
+
+    parts: of a model that `processes` hold together.
+    """
     phases = []
     for first in sorted(settings.phases()):
         rules = policies_at(config, settings, first)
@@ -182,6 +190,8 @@ def predict_phases(
                 "above 0 at that time."
             )
         found = _predict(config, rules, model, batches, new_tokens, settings.precision, device)
+        if parts is not None and isinstance(found, Prediction):
+            found = parts.held(found, processes)
         phases.append(Phase(first, active, found))
     return phases
 

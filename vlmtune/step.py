@@ -21,6 +21,7 @@ from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.optim.precision import Precision, autocast
 from vlmtune.processes import Processes
 from vlmtune.recovery import NonFinite
+from vlmtune.shards import is_in_parts
 from vlmtune.types import Batch, VlmtuneError
 
 
@@ -94,8 +95,9 @@ class StepSums:
 class StepShare:
     """The share of every optimizer step that one of several processes computes (of one process: all of it).
 
-    tower: runs the vision tower over all images of a step at once. Gradients are left in the parameters; `weights` are
-    those of the last step.
+    tower: runs the vision tower over all images of a step at once; filler: a micro-batch without a sample, of a sharded
+    model, whose forwards and backwards all processes make together. Gradients are left in the parameters; `weights`
+    are those of the last step.
     """
 
     def __init__(
@@ -106,11 +108,25 @@ class StepShare:
         device: torch.device,
         tower: SharedTower | None,
         processes: Processes,
+        filler: Batch | None = None,
     ):
         self.module, self.plan, self.precision, self.device = module, plan, precision, device
-        self.tower, self.processes = tower, processes
+        self.tower, self.processes, self.filler = tower, processes, filler
         self.weights: StepWeights | None = None
         self._rows = embedding_rows(module.vlm.model)
+
+    def evened(self, micro_batches: list[Batch], step: int) -> list[Batch]:
+        """As many micro-batches in every process, where they run together.
+
+        Raises NonFinite in all processes where one has ids beyond the vocabulary: none may miss a forward.
+        """
+        if self.filler is None:
+            return micro_batches
+        wrong = next(filter(None, map(self._without_a_row, micro_batches)), None)
+        told = self.processes.gather(f"micro-batches of step {step + 1}", [len(micro_batches), wrong])
+        if failures := {rank: what for rank, (_, what) in enumerate(told) if what is not None}:
+            raise NonFinite(next(iter(failures.values())), list(failures))
+        return micro_batches + [self.filler] * (max(count for count, _ in told) - len(micro_batches))
 
     def weigh(self, micro_batches: list[Batch], step: int, total_steps: int) -> StepWeights:
         """What the sums of this step are divided by, counted by all processes before the first forward."""
@@ -136,10 +152,11 @@ class StepShare:
                 self.processes.at(
                     f"step {step + 1}, micro-batch {number + 1} of {len(micro_batches)}", batch.sample_ids
                 )
-                with autocast(self.precision, self.device):
-                    losses = self._forward(number, batch, weights)  # sums / global weight: they add up
-                if losses.total.requires_grad:  # text alone reaches nothing where only vision and projector train
-                    (losses.total * scale).backward()
+                with self.processes.explained(f"step {step + 1}"):
+                    with autocast(self.precision, self.device):
+                        losses = self._forward(number, batch, weights)  # sums / global weight: they add up
+                    if losses.total.requires_grad:  # text alone reaches nothing where only vision and projector train
+                        (losses.total * scale).backward()
                 parts.append(losses.detach())
         except NonFinite as broken:
             failure = broken.what
@@ -172,18 +189,23 @@ class StepShare:
             )
 
     def _forward(self, number: int, batch: Batch, weights: StepWeights) -> Losses:
-        ids = batch.inputs["input_ids"]
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self._rows:  # on a GPU the process could not go on after it
-            raise NonFinite(f"ids from {int(ids.min())} to {int(ids.max())} where the embedding has {self._rows} rows")
+        if (wrong := self._without_a_row(batch)) is not None:  # on a GPU the process could not go on after it
+            raise NonFinite(wrong)
         batch = batch.to(self.device)
         return self.module(batch if self.tower is None else self.tower.inputs(number, batch), weights)
+
+    def _without_a_row(self, batch: Batch) -> str | None:
+        ids = batch.inputs["input_ids"]
+        if 0 <= int(ids.min()) <= int(ids.max()) < self._rows:
+            return None
+        return f"ids from {int(ids.min())} to {int(ids.max())} where the embedding has {self._rows} rows"
 
     def _training(self) -> list[nn.Parameter]:
         return [p for p in (*self.plan.parameters.values(), *self.module.objective.parameters()) if p.requires_grad]
 
     def _reached(self) -> str:
-        """One figure for every parameter that trains: 1 where it has a gradient."""
-        return "".join("0" if parameter.grad is None else "1" for parameter in self._training())
+        """One figure for every parameter that trains: 1 where it has a gradient of this process alone."""
+        return "".join("0" if p.grad is None or is_in_parts(p.grad) else "1" for p in self._training())
 
     def _add_up(self, what: str, reached: Sequence[str], weights: StepWeights) -> None:
         """reached: by each process."""

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -35,7 +36,7 @@ from vlmtune.models.batchnorm import SharedTower
 from vlmtune.models.trunk import CachedVision
 from vlmtune.models.vlm import VLM, set_training_mode
 from vlmtune.observer import Observer
-from vlmtune.optim.clip import clip_gradients
+from vlmtune.optim.clip import AddUp, clip_gradients
 from vlmtune.optim.optimizer import set_learning_rates
 from vlmtune.optim.precision import LossScale, Precision
 from vlmtune.optim.statistics import GradientStatistics
@@ -44,6 +45,7 @@ from vlmtune.probe import Probe
 from vlmtune.processes import ALONE, Processes, step_seed
 from vlmtune.recovery import NonFinite, Recovery, Snapshot
 from vlmtune.schedule import Rate
+from vlmtune.shards import is_sharded
 from vlmtune.soundness import Soundness
 from vlmtune.step import StepLosses, StepShare, StepSums, TrainingModule
 from vlmtune.types import Batch, Finding, VlmtuneError
@@ -118,7 +120,8 @@ class Trainer:
     whose losses every checkpoint records; companions: files of the run that every checkpoint copies; stop: asks the
     run to end; tower: runs the vision tower over all images of a step at once; investigate: is told of a step that is
     not finite, with the random state before it, and returns what caused it, in a sentence; vision: for steps whose
-    images come in place of pixels; processes: all that train this model together, each with its share of every step.
+    images come in place of pixels; processes: all that train this model together, each with its share of every step;
+    filler: of a sharded model, a micro-batch without a sample (`step.StepShare`).
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Trainer:
         investigate: Callable[[NonFinite, dict[str, Any]], str] | None = None,
         vision: CachedVision | None = None,
         processes: Processes = ALONE,
+        filler: Batch | None = None,
     ):
         self.model, self.plan, self.optimizer = model, plan, optimizer
         self.module = TrainingModule(VLM(model, vision), objective)
@@ -151,13 +155,16 @@ class Trainer:
         self.sampling, self.recovery, self.companions = sampling, recovery, companions
         self.stop, self.tower, self.investigate = stop or StopRequest(), tower, investigate
         self.processes = processes
-        self.share = StepShare(self.module, plan, settings.precision, device, tower, processes)
+        self.share = StepShare(self.module, plan, settings.precision, device, tower, processes, filler)
         self.groups = plan.groups()
+        self._writers = processes if is_sharded(model) else ALONE  # of checkpoints: who holds rows of them
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
         self.watch, self.gradients = LossWatch(), GradientWatch()
         self.soundness = Soundness(probe, model, plan.parameters.values(), settings.precision, processes)
-        self.statistics = GradientStatistics(plan.parameters)
+        self.statistics = GradientStatistics(
+            plan.parameters, partial(processes.gather, "statistics") if is_sharded(model) else None
+        )
         self.history: deque[Past] = deque(maxlen=HISTORY)
         self._phases = settings.phases()
         self._buffers = trained_buffers(model, plan)
@@ -320,9 +327,10 @@ class Trainer:
         """
         state, settings, objective = self.state, self.settings, self.module.objective
         lr = set_learning_rates(self.optimizer, lambda rule: state.lr_scale * settings.rates[rule].factor(state.step))
-        weights = self.share.weigh(micro_batches, state.step, settings.total_steps)
+        parts = self.share.evened(micro_batches, state.step)
+        weights = self.share.weigh(parts, state.step, settings.total_steps)
         scale = 1.0 if self.scale is None else self.scale.value
-        made = self.share.gradients(micro_batches, weights, scale, state.step, self.stop.number)
+        made = self.share.gradients(parts, weights, scale, state.step, self.stop.number)
         sums, self._wish = made.losses, made.wish
         if state.step in self._phases:
             self.share.refuse_missing_gradients()
@@ -330,7 +338,7 @@ class Trainer:
             self.scale.unscale(self.plan.parameters.values())
         is_measured = settings.statistics_every and (state.step + 1) % settings.statistics_every == 0
         measured = self.statistics.begin() if is_measured else None
-        norms = clip_gradients(self.groups, settings.clip, settings.clip_by_rule)
+        norms = clip_gradients(self.groups, settings.clip, settings.clip_by_rule, self._add_up_norms())
         norms = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))  # one wait for the device
         overflowed = self._overflowed(sums, norms)
         if not overflowed:
@@ -356,9 +364,14 @@ class Trainer:
             "norms": norms, "lr": lr, "scale": scale, "statistics": rows, **counted,
         }  # fmt: skip
 
+    def _add_up_norms(self) -> AddUp | None:
+        if not is_sharded(self.model):
+            return None
+        return lambda squares: self.processes.add_up(f"norms of step {self.state.step + 1}", [squares])
+
     def _sample_ids(self, failure: NonFinite) -> list[str]:
         """Of the step, of all processes; where some are to blame, of those."""
-        own = [sample_id for batch in failure.micro_batches for sample_id in batch.sample_ids]
+        own = [sample_id for batch in failure.micro_batches for sample_id in batch.sample_ids[: batch.size]]
         told = self.processes.gather("samples of a step that is not finite", own)
         return [sample_id for rank in failure.ranks or range(len(told)) for sample_id in told[rank]]
 
@@ -378,8 +391,8 @@ class Trainer:
 
     def _count(self, micro_batches: list[Batch]) -> dict[str, int]:
         own = [
-            sum(len(batch.sample_ids) for batch in micro_batches),
-            sum(int(batch.inputs["attention_mask"].sum()) for batch in micro_batches),
+            sum(batch.size for batch in micro_batches),
+            sum(int(batch.inputs["attention_mask"][: batch.size].sum()) for batch in micro_batches),
         ]
         samples, tokens = map(sum, zip(*self.processes.gather("samples and tokens", own), strict=True))
         self.state.step += 1
@@ -591,9 +604,12 @@ class Trainer:
         """Write a checkpoint, point `latest` at it, delete what is neither best, latest nor among the newest kept."""
         folder = self.folder / checkpoint_name(self.state.step)
         recorded = self._recorded()
+        if is_sharded(self.model):
+            self.write(folder, recorded)
         with self.processes.agreed(f"checkpoint of step {self.state.step}"):
             if self.processes.is_first:
-                self.write(folder, recorded)
+                if not is_sharded(self.model):
+                    self.write(folder, recorded)
                 point(self.folder / "latest", folder)
                 self._remove_old()
         self._saved_step = self.state.step
@@ -608,13 +624,22 @@ class Trainer:
                 remove_checkpoint(old)
 
     def write(self, folder: Path, recorded: Recorded | None = None) -> None:
-        """A checkpoint of this moment, anywhere. recorded: what it holds besides the training."""
+        """A checkpoint of this moment, anywhere; of a sharded model all processes call this. recorded: what it holds
+        besides the training."""
         if self.sampling is not None:
             self.state.extra["sampling"] = self.sampling.state()
         self.state.extra |= {name: watch.state() for name, watch in self._watches().items()}
         self.state.loss_scale = None if self.scale is None else dict(vars(self.scale))
         save_checkpoint(
-            folder, self.model, self.plan, self.optimizer, self.state, self.fingerprint, self.module.objective, recorded
+            folder,
+            self.model,
+            self.plan,
+            self.optimizer,
+            self.state,
+            self.fingerprint,
+            self.module.objective,
+            recorded,
+            self._writers,
         )
 
     def _watches(self) -> dict[str, Watch]:

@@ -276,7 +276,8 @@ class Batch:
 
     inputs: keyword arguments of the model's forward (input_ids int64[B, T], attention_mask int64[B, T], pixels …);
     kinds int8[B, T] with `Kind.PADDING` where there is no token; regions: (row, region), where read-outs look; images:
-    of all samples in order, in place of pixels among the inputs, where features of the tower are kept.
+    of all samples in order, in place of pixels among the inputs, where features of the tower are kept; fillers: how
+    many rows at the end are no samples, and only have the vision tower run.
     """
 
     inputs: dict[str, Tensor]
@@ -285,12 +286,19 @@ class Batch:
     sample_ids: list[str]
     regions: list[tuple[int, Region]] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)
+    fillers: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many samples it has."""
+        return len(self.sample_ids) - self.fillers
 
     def to(self, device: torch.device) -> Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         regions = [(row, region.to(device)) for row, region in self.regions]
         images = [image.to(device) for image in self.images]
-        return Batch(inputs, self.kinds.to(device, non_blocking=True), self.tasks, self.sample_ids, regions, images)
+        kinds = self.kinds.to(device, non_blocking=True)
+        return Batch(inputs, kinds, self.tasks, self.sample_ids, regions, images, self.fillers)
 
 
 def supervised_mask(kinds: Tensor) -> Tensor:

@@ -3,15 +3,15 @@
     sudo python benchmarks/processes/two_hosts.py WORK --record
 
 Each of two processes runs in a namespace of its own, joined by a virtual cable whose counters are read between two
-steps. The calculation: in a ring of n processes each sends 2 (n - 1)/n of the gradients, 4 bytes a number. WORK takes
-the run folders. Needs root and `ip`.
+steps. The calculation (`adapt.sharding.Parts`): in a ring of n processes each sends 2 (n - 1)/n of the gradients, 4
+bytes a number; in parts it sends (n - 1)/n of the weights for the forward, again for the backward, and (n - 1)/n of the
+gradients. WORK takes the run folders. Needs root and `ip`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -21,19 +21,25 @@ from pathlib import Path
 
 import yaml
 
+from vlmtune.adapt.plan import apply_plan
+from vlmtune.adapt.sharding import Parts
+from vlmtune.build import load_base
+from vlmtune.build_course import training_policies
+from vlmtune.config import load_config
+
 HERE = Path(__file__).parent
 HOSTS = ("vlmtune-a", "vlmtune-b")
 CABLE = ("vlmtune0", "vlmtune1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 TIMEOUT = 10  # train.rank_timeout
 BETWEEN = (5, 25)  # steps between which bytes are counted
-PLANS = {
-    "lora": [
-        {"match": "vision", "train": "frozen"}, {"match": "projector", "train": "full"},
-        {"match": "language", "train": "lora", "rank": 16}, {"match": "*", "train": "frozen"},
-    ],
-    "full": [{"match": "vision", "train": "frozen"}, {"match": "*", "train": "full"}],
-}  # fmt: skip
+LORA = [
+    {"match": "vision", "train": "frozen"}, {"match": "projector", "train": "full"},
+    {"match": "language", "train": "lora", "rank": 16}, {"match": "*", "train": "frozen"},
+]  # fmt: skip
+FULL = [{"match": "vision", "train": "frozen"}, {"match": "*", "train": "full"}]
+RUNS = {"lora": (LORA, False), "full": (FULL, False), "lora, in parts": (LORA, True), "full, in parts": (FULL, True)}
+"""Name -> plan, and whether each process holds a part of the model."""
 
 
 @contextlib.contextmanager
@@ -68,16 +74,16 @@ def start(rank: int, config: Path, port: int) -> subprocess.Popen:
 
 def write(folder: Path, name: str, steps: int) -> Path:
     tree = {
-        "model": "embedded", "run": str(folder / f"run-{name}"),
+        "model": "embedded", "run": str(folder / f"run-{name}".replace(" ", "-")),
         "data": {"train": [{"scenes": "base", "task": "vqa", "limit": 200}], "workers": 0},
-        "plan": PLANS[name],
+        "plan": RUNS[name][0],
         "train": {
             "length": f"{steps} steps", "batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every": 1,
-            "rank_timeout": TIMEOUT,
+            "rank_timeout": TIMEOUT, "shard": RUNS[name][1],
         },
         "checkpoint": {"every": "1000 steps"},
     }  # fmt: skip
-    path = folder / f"{name}.yaml"
+    path = folder / f"{name}.yaml".replace(" ", "-")
     path.write_text(yaml.safe_dump(tree))
     return path
 
@@ -100,26 +106,35 @@ def count(folder: Path, name: str, port: int) -> dict:
     """Bytes per step that one process sends, counted and calculated."""
     config = write(folder, name, BETWEEN[1] + 5)
     processes = [start(rank, config, port) for rank in range(2)]
-    run = folder / f"run-{name}"
+    run = Path(load_config(str(config)).run)
     counters = []
     for step in BETWEEN:
         wait_for(run, step, processes)
         counters.append([bytes_sent(rank) for rank in range(2)])
     codes = [process.wait() for process in processes]
     assert codes == [0, 0], [process.stderr.read() for process in processes]
-    rows = json.loads((run / "assignment.json").read_text())
-    trained = sum(row["trainable"] for row in rows)
+    parts = parts_of(config)
+    is_in_parts = RUNS[name][1]
+    calculated = parts.sent(2, micro_batches=1) if is_in_parts else parts.sent_when_whole(2)
+    trained = parts.trained_whole + parts.trained_divided
     steps = BETWEEN[1] - BETWEEN[0]
     counted = [(after - before) / steps for before, after in zip(*counters, strict=True)]
-    return {"plan": name, "trained": trained, "counted": counted, "calculated": 4 * trained}
+    return {"plan": name, "trained": trained, "counted": counted, "calculated": calculated}
 
 
-def cut(folder: Path, port: int) -> dict:
+def parts_of(path: Path) -> Parts:
+    config = load_config(str(path))
+    rules = training_policies(config, config.train.precision)
+    model = load_base(config, rules=rules).model
+    return Parts.of(model, apply_plan(model, rules, config.model, config.train.seed))
+
+
+def cut(folder: Path, name: str, port: int) -> dict:
     """Seconds from the cut to the end of each process, and what it said."""
-    config = write(folder, "lora", 100_000)
-    config.write_text(config.read_text().replace("run-lora", "run-cut"))
+    config = write(folder, name, 100_000)
+    config.write_text(config.read_text().replace("/run-", "/cut-"))
     processes = [start(rank, config, port) for rank in range(2)]
-    wait_for(folder / "run-cut", 5, processes)
+    wait_for(Path(load_config(str(config)).run), 5, processes)
     _ip("-n", HOSTS[0], "link", "set", CABLE[0], "down")
     begun, ended = time.monotonic(), {}
     while len(ended) < 2 and time.monotonic() - begun < 20 * TIMEOUT:
@@ -131,12 +146,12 @@ def cut(folder: Path, port: int) -> dict:
         process.kill()
     said = [process.stderr.read().strip().splitlines() for process in processes]
     return {
-        "timeout": TIMEOUT, "seconds": [ended.get(rank) for rank in range(2)],
+        "plan": name, "timeout": TIMEOUT, "seconds": [ended.get(rank) for rank in range(2)],
         "codes": [process.returncode for process in processes], "said": [lines[-1] if lines else "" for lines in said],
     }  # fmt: skip
 
 
-def report(rows: list[dict], silence: dict) -> str:
+def report(rows: list[dict], silences: list[dict]) -> str:
     lines = [
         "| plan | parameters trained | bytes a step, each process: counted | calculated | counted / calculated |",
         "|---|---|---|---|---|",
@@ -145,14 +160,16 @@ def report(rows: list[dict], silence: dict) -> str:
         counted = " and ".join(f"{value:,.0f}" for value in row["counted"])
         ratio = " and ".join(f"{value / row['calculated']:.3f}" for value in row["counted"])
         lines.append(f"| {row['plan']} | {row['trained']:,} | {counted} | {row['calculated']:,} | {ratio} |")
-    seconds = ["did not end" if s is None else f"{s:.1f} s" for s in silence["seconds"]]
-    lines += [
-        "",
-        f"The cable is cut after step 5, with train.rank_timeout: {silence['timeout']}. The processes end after "
-        f"{' and '.join(seconds)}, with exit codes {' and '.join(map(str, silence['codes']))}:",
-        "",
-        *(f"- {text}" for text in silence["said"]),
-    ]
+    for silence in silences:
+        seconds = ["did not end" if s is None else f"{s:.1f} s" for s in silence["seconds"]]
+        lines += [
+            "",
+            f"{silence['plan'].capitalize()}: the cable is cut after step 5, with train.rank_timeout: "
+            f"{silence['timeout']}. The processes end after {' and '.join(seconds)}, with exit codes "
+            f"{' and '.join(map(str, silence['codes']))}:",
+            "",
+            *(f"- {text}" for text in silence["said"]),
+        ]
     return "\n".join(lines)
 
 
@@ -165,9 +182,9 @@ def main() -> None:
         raise SystemExit("network namespaces need root")
     args.work.mkdir(parents=True)
     with two_hosts():
-        rows = [count(args.work, name, 29511 + n) for n, name in enumerate(PLANS)]
-        silence = cut(args.work, 29520)
-    text = report(rows, silence)
+        rows = [count(args.work, name, 29511 + n) for n, name in enumerate(RUNS)]
+        silences = [cut(args.work, name, 29520 + n) for n, name in enumerate(("lora", "full, in parts"))]
+    text = report(rows, silences)
     print(text)
     if args.record:
         head = __doc__.split("\n\n")[0]

@@ -40,6 +40,13 @@ def test_the_answer_as_json(model, vlmtune):
     assert [option["chosen"] for option in answer["options"]].count(True) == 1
 
 
+def test_what_several_processes_hold_and_send(model, vlmtune):
+    code, out, err = vlmtune("plan", model, "--memory", "900MB", "--processes", 2, *SMALL)
+    assert (code, err) == (0, "")
+    assert "GiB on each of 2 cpu devices" in out and "GiB sent a step" in out
+    assert "full, in 2 parts" in out and "processes: each of 2 has the whole model, because it fits" in out
+
+
 @pytest.mark.slow
 def test_a_published_model_by_name(vlmtune):
     code, out, err = vlmtune("plan", "SmolVLM-256M", "--memory", "24GB", "--goal", "memory", "--json")

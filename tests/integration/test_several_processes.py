@@ -15,12 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes_setup import fork_group, said_by, train_together, training, wait_for_all
+import yaml
+from processes_setup import fork_group, said_by, together, train_together, training, wait_for_all
+from rich.console import Console
 from run_setup import final_tensors, numbers, train_quietly, wait_for_step
+from sizes_of_tests import by_default
 from training_setup import write_data
 
 from vlmtune.checkpoint import latest_checkpoint
+from vlmtune.config import load_config
 from vlmtune.data.sources import FileSource
+from vlmtune.prepare import prepare
+from vlmtune.shards import is_sharded
+from vlmtune.start import held_bytes
 from vlmtune.step import StepShare
 from vlmtune.types import VlmtuneError
 
@@ -31,6 +38,21 @@ WITHOUT_DROPOUT = [
     {"match": "language", "train": "lora", "rank": 4},
     {"match": "*", "train": "frozen"},
 ]
+MIXED = [
+    {"match": "vision", "train": "frozen"},
+    {"match": "language.layers[0:1]", "train": "full"},
+    {"match": "language", "train": "lora", "rank": 4},
+    {"match": "*", "train": "full"},
+]
+
+
+def in_parts(config: Path) -> Path:
+    """The same run, in which every process holds a part of the model."""
+    tree = yaml.safe_load(config.read_text())
+    tree["train"]["shard"] = True
+    path = config.with_name(f"parts_{config.name}")
+    path.write_text(yaml.safe_dump(tree))
+    return path
 
 
 def history(run: Path) -> list[dict]:
@@ -62,12 +84,20 @@ def test_a_run_of_two_is_the_run_of_one(write_config, rows, tmp_path):
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_another_number_of_processes_continues(write_config, tmp_path):
-    """2 -> 1 -> 4: what a checkpoint holds does not depend on how many wrote it."""
-    parts = {"plan": WITHOUT_DROPOUT, "optim": {"lr": 1e-2, "warmup": 2, "eps": 1e-2}}
+@pytest.mark.parametrize(
+    ("of_two", "of_four"),
+    [
+        pytest.param(in_parts, in_parts, id="in parts"),
+        pytest.param(Path, Path, id="whole", marks=pytest.mark.slow),
+        pytest.param(in_parts, Path, id="in parts, then whole", marks=pytest.mark.slow),
+    ],
+)
+def test_another_number_of_processes_continues(of_two, of_four, write_config, tmp_path):
+    """2 -> 1 -> 4: what a checkpoint holds does not depend on how many wrote it, nor on who held what."""
+    parts = {"plan": MIXED, "optim": {"lr": 1e-2, "warmup": 2, "eps": 1e-2}}
     train_quietly(write_config("whole", STEPS, **parts))
     config = write_config("parted", STEPS, **parts)
-    children = fork_group(2, tmp_path / "a", training(config))
+    children = fork_group(2, tmp_path / "a", training(of_two(config)))
     wait_for_step(tmp_path / "parted", 2, children[0])
     for child in children:
         os.kill(child, signal.SIGTERM)
@@ -78,7 +108,7 @@ def test_another_number_of_processes_continues(write_config, tmp_path):
     os.kill(child[0], signal.SIGTERM)
     wait_for_all(child)
     assert "stopped by SIGTERM" in said_by(1, tmp_path / "b")[0]
-    (summary, *_) = train_together(4, tmp_path / "c", config)
+    (summary, *_) = train_together(4, tmp_path / "c", of_four(config))
     assert summary["steps"] == STEPS
     whole, parted = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parted")
     for name, value in whole.items():
@@ -88,11 +118,12 @@ def test_another_number_of_processes_continues(write_config, tmp_path):
 @pytest.mark.parametrize(
     "times", [pytest.param(1, id="once"), pytest.param(10, id="ten times", marks=pytest.mark.slow)]
 )
-def test_killed_again_and_again_it_ends_with_the_same_weights(times, write_config, tmp_path):
+@pytest.mark.parametrize("held", by_default([in_parts], [Path, in_parts]))
+def test_killed_again_and_again_it_ends_with_the_same_weights(held, times, write_config, tmp_path):
     """kill -9 of one of two processes at random moments. The other ends with a sentence; the same command goes on."""
     steps = STEPS * times
-    train_together(2, tmp_path / "store", write_config("whole", steps))
-    config, generator = write_config("killed", steps), random.Random(0)
+    train_together(2, tmp_path / "store", held(write_config("whole", steps, plan=MIXED)))
+    config, generator = held(write_config("killed", steps, plan=MIXED)), random.Random(0)
     for number in range(times):
         store = tmp_path / f"store{number}"
         newest = latest_checkpoint(tmp_path / "killed" / "checkpoints")
@@ -196,6 +227,39 @@ def test_a_loss_that_is_not_finite_in_one_process_is_found(write_config, tmp_pat
     assert len(ids) == 2 and all(name in said[0] for name in ids)
     assert not (tmp_path / "run" / "failures" / "step_000003").exists()
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_000002"
+
+
+@pytest.mark.parametrize(
+    ("sections", "needed"),
+    [
+        ({"optim": {"lr": 1e-2, "name": "adamw8bit"}}, "optim.name: adamw8bit"),
+        ({"loss": {"balance": {"by": "gradnorm"}}}, "loss.balance gradnorm"),
+    ],
+)
+def test_what_needs_a_whole_model_is_refused(sections, needed, write_config, tmp_path):
+    config = in_parts(write_config("run", STEPS, **sections))
+    for said in train_together(2, tmp_path / "store", config):
+        assert said.endswith(
+            f"{needed} needs a whole model in every process, but train.shard is true; change one of them."
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_too_large_for_one_is_taken_apart(write_config, tmp_path, monkeypatch):
+    """auto: by the memory that is there."""
+    config = write_config("run", STEPS)
+    held = {}
+    for there in (2**40, 2**20):
+        monkeypatch.setattr("vlmtune.prepare.memory_there", lambda device, there=there: there)
+
+        def work(group):
+            made = prepare(load_config(str(config)), torch.device("cpu"), Console(quiet=True), False, processes=group)
+            return [is_sharded(made.model), held_bytes(made.model)]
+
+        held[there] = together(2, tmp_path / str(there), work)
+    assert [is_in_parts for is_in_parts, _ in held[2**40]] == [False, False]
+    assert [is_in_parts for is_in_parts, _ in held[2**20]] == [True, True]
+    assert max(bytes_ for _, bytes_ in held[2**20]) < 0.6 * held[2**40][0][1], "a half, and adapters"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

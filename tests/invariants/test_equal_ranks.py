@@ -28,6 +28,7 @@ from vlmtune.models.tiny import FAMILIES
 from vlmtune.observer import Observer
 from vlmtune.processes import Group
 from vlmtune.schedule import piecewise
+from vlmtune.shards import is_in_parts
 
 STEPS, LR, EPS, SAME = 10, 0.02, 1e-2, 1e-6
 
@@ -60,14 +61,17 @@ class Losses(Observer):
         self.seen.append({name: metrics[name] for name in ("loss", "losses", "norms", "samples", "tokens")})
 
 
-def trained(size: int, folder: Path, model_folder: Path, data: Path, rules, objective=None, **how) -> list[dict]:
-    """What every step reported, the same in all of `size` processes; weights are left in `folder`."""
+def trained(
+    size: int, folder: Path, model_folder: Path, data: Path, rules, objective=None, shard=False, **how
+) -> list[dict]:
+    """What every step reported, the same in all of `size` processes; weights are left in `folder`. shard: each holds a
+    part of the model."""
 
     def work(group: Group) -> list[dict]:
         seen = Losses()
         setup = make_trainer(
             model_folder, data, folder / "checkpoints", rules, STEPS, checkpoint_every=100, eps=EPS, observers=[seen],
-            parts={"processes": group}, **how,
+            parts={"processes": group}, holders=group if shard else None, **how,
         )  # fmt: skip
         if objective is not None:
             setup.trainer.module.objective = objective(setup)
@@ -80,9 +84,9 @@ def trained(size: int, folder: Path, model_folder: Path, data: Path, rules, obje
         weights = setup.plan.parameters | {
             f"objective.{name}": value for name, value in setup.trainer.module.objective.state_dict().items()
         }
-        save_file(
-            {name: value.detach().clone() for name, value in weights.items()}, folder / f"{group.rank}.safetensors"
-        )
+        whole = {name: value.full_tensor() if is_in_parts(value) else value for name, value in weights.items()}
+        assert not shard or any(is_in_parts(value) for value in weights.values())
+        save_file({name: value.detach().clone() for name, value in whole.items()}, folder / f"{group.rank}.safetensors")
         return seen.seen
 
     said = together(size, folder, work)
@@ -131,6 +135,13 @@ def test_in_full(name, compare):
 @pytest.mark.parametrize("name", by_default(["smolvlm"], FAMILIES))
 def test_mixed(name, compare):
     compare(name, mixed)
+
+
+@pytest.mark.parametrize("rules", by_default([mixed], [full, mixed]))
+@pytest.mark.parametrize("name", by_default(["qwen2_5_vl"], FAMILIES))
+def test_each_holds_a_part_of_the_model(name, rules, compare):
+    """FSDP2. In some steps a process has nothing but a text, or fewer micro-batches than another."""
+    compare(name, rules, shard=True)
 
 
 def test_unfreezing(compare):

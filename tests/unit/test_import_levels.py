@@ -11,7 +11,20 @@ import vlmtune
 
 PACKAGE = Path(vlmtune.__file__).parent
 LEVELS = (
-    ("errors", "types", "rules", "schedule", "paths", "interrupt", "observer", "sealed", "sizes", "processes"),
+    (
+        "errors",
+        "types",
+        "rules",
+        "schedule",
+        "paths",
+        "interrupt",
+        "observer",
+        "sealed",
+        "sizes",
+        "processes",
+        "shards",
+        "tensor_file",
+    ),
     ("data", "models", "losses", "optim"),
     ("adapt", "evaluate"),
     ("checks",),
@@ -60,6 +73,7 @@ MAY_MEET = {  # siblings that DESIGN.md allows to import each other
         ("sealed", "errors"),
         ("sizes", "errors"),
         ("processes", "errors"),
+        ("tensor_file", "shards"),
         ("processes", "interrupt"),
     },
     4: {

@@ -17,7 +17,9 @@ from torch import nn
 from vlmtune.adapt.memory import predict
 from vlmtune.adapt.plan import Policy
 from vlmtune.adapt.prediction import Prediction, StepSettings, combined
+from vlmtune.adapt.sharding import Parts
 from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, part_of, rank_kind
+from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.synthetic import BatchShape, build_without_data
 from vlmtune.optim.optimizer import OptimizerName
 from vlmtune.rules import assign
@@ -49,10 +51,13 @@ class Candidate:
 @dataclass(frozen=True)
 class Option:
     """A candidate and what is known of its memory. least: bytes below which it cannot go; prediction: of the step with
-    `checkpointing` and `micro_batch`, None where `least` settled it or another was chosen first."""
+    `checkpointing` and `micro_batch`, None where `least` settled it or another was chosen first; holders: how many
+    processes hold the model together (1: each has all of it); parts: what of it they would divide."""
 
     candidate: Candidate
     least: int
+    parts: Parts
+    holders: int = 1
     prediction: Prediction | None = None
     checkpointing: bool = True
     micro_batch: int = 1
@@ -60,6 +65,16 @@ class Option:
     @property
     def needs(self) -> int:
         return self.least if self.prediction is None else self.prediction.total
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name + (f", in {self.holders} parts" if self.holders > 1 else "")
+
+    def sent(self, processes: int) -> int:
+        """Bytes that each of so many processes sends in a step."""
+        if self.holders == 1:
+            return self.parts.sent_when_whole(processes)
+        return self.parts.sent(processes, _micro_batches(self.micro_batch, processes))
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class Decision:
     reasons: tuple[str, ...]
     config: dict[str, Any]
     limit: int
+    processes: int = 1
 
 
 def decide(
@@ -82,15 +98,17 @@ def decide(
     device: Literal["cpu", "cuda"] = "cuda",
     precision: Literal["bf16", "fp32"] = "bf16",
     reserve: int = 0,
+    processes: int = 1,
 ) -> Decision:
-    """The best plan for `goal` whose step fits into `memory` less `reserve` bytes. shape: its `samples` are ignored.
+    """The best plan for `goal` whose step fits into `memory` less `reserve` bytes. shape: its `samples` are ignored;
+    processes: train together, on a device each; they may hold the model together.
 
     Raises VlmtuneError when even the smallest does not fit: it says what that takes and how much is missing.
     """
     limit = memory - reserve
-    search = _Search(config, replace(shape, samples=1), device, precision)
+    search = _Search(config, replace(shape, samples=1), device, precision, processes)
     everything = _in_order(search.candidates(), goal)
-    options = [Option(candidate, search.least(candidate)) for candidate in everything]
+    options = [option for candidate in everything for option in search.options(candidate)]
     chosen = None
     for number, option in enumerate(options):
         if chosen is None and option.least <= limit:
@@ -100,8 +118,13 @@ def decide(
         raise VlmtuneError(_nothing_fits(search, options, memory, reserve, shape))
     grown = search.grown(chosen, limit)
     options[options.index(chosen)] = grown
-    return Decision(grown, tuple(options), _reasons(grown, options, goal, limit, shape), _config_of(grown, precision),
-                    limit)  # fmt: skip
+    return Decision(grown, tuple(options), _reasons(grown, options, goal, limit, shape, processes),
+                    _config_of(grown, precision), limit, processes)  # fmt: skip
+
+
+def _micro_batches(samples: int, processes: int) -> int:
+    """Of each process in a step."""
+    return max(1, BATCH // (samples * processes))
 
 
 @dataclass(frozen=True)
@@ -120,8 +143,9 @@ def _rank(rank: int | Mapping[str, int], matrix: _Matrix) -> int:
 class _Search:
     """Predictions of one model on one kind of batch, each made once."""
 
-    def __init__(self, config: Any, shape: BatchShape, device: str, precision: str):
+    def __init__(self, config: Any, shape: BatchShape, device: str, precision: str, processes: int):
         self.config, self.shape, self.device, self.precision = config, shape, device, precision
+        self.processes = processes
         with torch.device("meta"):
             model = build_without_data(config)
         anatomy = anatomy_of(model)
@@ -188,12 +212,37 @@ class _Search:
                 total += learns * _rank(policy.rank, matrix) * (matrix.inputs + matrix.outputs)
         return int(total)
 
+    def parts(self, candidate: Candidate) -> Parts:
+        tensors = []
+        for name, (_, policy) in assign(candidate.rules, self.parameters).items():
+            count, matrix = self.parameters[name], self.linear.get(name)
+            is_full = policy.train == "full"
+            wide = 4.0 if is_full or (matrix is None and policy.store != "bf16") else _BYTES[policy.store]
+            tensors.append((name, int(count * wide), count if is_full else 0, False))
+            if policy.train == "lora" and matrix is not None:
+                added = _rank(policy.rank, matrix) * (matrix.inputs + matrix.outputs)
+                tensors.append((f"{name}.lora", 4 * added, added, True))
+        return Parts.counted(tensors)
+
+    def options(self, candidate: Candidate) -> list[Option]:
+        """Whole in every process; in parts too, where that is possible: weights that are not quantised, plain AdamW."""
+        parts, least = self.parts(candidate), self.least(candidate)
+        found = [Option(candidate, least, parts)]
+        if self.processes > 1 and candidate.store not in QUANTISED and candidate.optimizer == "adamw":
+            learns = 4 + _STATE["adamw"]
+            weights = parts.whole + parts.divided // self.processes + parts.gathered
+            trained = (parts.trained_whole + parts.trained_divided) * parts.trained_share(self.processes)
+            found.append(Option(candidate, int(weights + learns * trained), parts, self.processes))
+        return found
+
     def predicted(self, option: Option, checkpointing: bool, samples: int) -> Option:
         settings = StepSettings(
             precision=self.precision, gradient_checkpointing=checkpointing, optimizer=option.candidate.optimizer,
-            micro_batches=max(1, BATCH // samples), device=self.device,
+            micro_batches=_micro_batches(samples, self.processes), device=self.device,
         )  # fmt: skip
         found = predict(self.config, option.candidate.rules, replace(self.shape, samples=samples), settings)
+        if option.holders > 1:
+            found = option.parts.held(found, option.holders)
         return replace(option, prediction=found, checkpointing=checkpointing, micro_batch=samples)
 
     def tried(self, option: Option, goal: Goal, limit: int) -> Option:
@@ -233,14 +282,16 @@ def _nothing_fits(search: _Search, options: list[Option], memory: int, reserve: 
         smallest = search.predicted(smallest, True, 1)
     needs = smallest.needs + reserve
     return (
-        f"nothing fits into {_gib(memory)} GiB: the smallest plan ({smallest.candidate.name}, micro-batch 1, "
+        f"nothing fits into {_gib(memory)} GiB: the smallest plan ({smallest.name}, micro-batch 1, "
         f"gradient checkpointing) takes {_gib(needs)} GiB with {_gib(reserve)} GiB in reserve, so "
         f"{_gib(needs - memory)} GiB are missing; take a smaller model, a larger device, or fewer than {shape.tokens} "
         "tokens a sample."
     )
 
 
-def _reasons(chosen: Option, options: Sequence[Option], goal: Goal, limit: int, shape: BatchShape) -> tuple[str, ...]:
+def _reasons(
+    chosen: Option, options: Sequence[Option], goal: Goal, limit: int, shape: BatchShape, processes: int
+) -> tuple[str, ...]:
     candidate, prediction = chosen.candidate, chosen.prediction
     passed = [option for option in options[: options.index(chosen)]]
     reasons = [f"method: {candidate.name}, because {candidate.why}; goal {goal}."]
@@ -250,8 +301,13 @@ def _reasons(chosen: Option, options: Sequence[Option], goal: Goal, limit: int, 
             if option.prediction
             else "in weights, gradients and state alone"
         )
+        reasons.append(f"not {option.name}: it takes {_gib(option.needs)} GiB {how}, and {_gib(limit)} GiB are there.")
+    if processes > 1:
+        sent = f"each sends {_gib(chosen.sent(processes))} GiB a step"
         reasons.append(
-            f"not {option.candidate.name}: it takes {_gib(option.needs)} GiB {how}, and {_gib(limit)} GiB are there."
+            f"processes: {processes} hold the model together, because one device is too small for it; {sent}."
+            if chosen.holders > 1
+            else f"processes: each of {processes} has the whole model, because it fits; {sent}."
         )
     if candidate.rank is not None:
         kinds = "every linear module of the language model" if isinstance(candidate.rank, int) else ", ".join(
@@ -306,6 +362,8 @@ def _config_of(chosen: Option, precision: str) -> dict[str, Any]:
             "precision": precision,
         },
     }
+    if chosen.holders > 1:
+        config["train"]["shard"] = True
     if chosen.candidate.store == "nf4":
         config["quantise"] = {"double": True}
     return config

@@ -34,6 +34,7 @@ from vlmtune.models.initialise import draw_anew
 from vlmtune.models.quantise import QUANTISED, has_data, is_quantised, stored_as
 from vlmtune.models.vocabulary import NewTokens
 from vlmtune.rules import assign, compile_pattern
+from vlmtune.shards import is_in_parts
 from vlmtune.types import VlmtuneError
 
 TIED_HEAD = "lm_head.weight"
@@ -91,16 +92,17 @@ class Plan:
         return groups
 
     def optimizer_groups(self) -> list[dict]:
-        """Parameter groups: per rule, split into decayed and not decayed (adapters, norms, biases; SPEC G3), and
-        LoRA's B where it has a learning rate of its own."""
-        groups: dict[tuple[str, bool, bool], dict] = {}
+        """Parameter groups: per rule, split into decayed and not decayed (adapters, norms, biases; SPEC G3), LoRA's B
+        where it has a learning rate of its own, and what is in parts, which no kernel updates together with the rest.
+        """
+        groups: dict[tuple[str, bool, bool, bool], dict] = {}
         for name, parameter in self.parameters.items():
             rule = self.rule_of[name]
             policy = self.policies[rule]
             decays = parameter.dim() > 1 and name not in self.adapter_parameters
             is_b = policy.lr_b != 1.0 and ".lora_B" in name
             group = groups.setdefault(
-                (rule, decays, is_b),
+                (rule, decays, is_b, is_in_parts(parameter)),
                 {"params": [], "names": [], "rule": rule, "lr": policy.lr * (policy.lr_b if is_b else 1.0),
                  "weight_decay": policy.weight_decay if decays else 0.0},
             )  # fmt: skip

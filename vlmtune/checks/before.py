@@ -64,10 +64,16 @@ def initial_findings(
     findings.append(_not_shrunk(model, vocabulary))
     if findings[-1].level == "fail":  # an id without a row ends every forward pass
         return findings
-    changes_base = any(_has_own_start(plan, name) for name in _adapter_tensors(plan, "lora_A"))
-    if inputs is not None and plan.adapters and not changes_base:
-        findings.append(_identity(model, inputs))
+    if inputs is not None:
+        findings += identity_findings(model, plan, inputs)
     return findings
+
+
+def identity_findings(model: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> list[Finding]:
+    """Whether the adapted model starts as the base model; nothing where a method does not mean to. inputs: of a call of
+    the model."""
+    changes_base = any(_has_own_start(plan, name) for name in _adapter_tensors(plan, "lora_A"))
+    return [_identity(model, inputs)] if plan.adapters and not changes_base else []
 
 
 def _adapter_tensors(plan: Plan, *marks: str) -> dict[str, nn.Parameter]:
@@ -192,6 +198,7 @@ def _not_shrunk(model: nn.Module, vocabulary: int) -> Finding:
     return Finding("fail", what, evidence, "use the tokenizer that belongs to the model")
 
 
+@torch.no_grad()
 def _identity(model: nn.Module, inputs: dict[str, Tensor]) -> Finding:
     carries = inputs["attention_mask"].bool()
     training = model.training

@@ -61,6 +61,10 @@ class Train(Strict):
         False, description="recompute activations in the backward; a list of parts: only of their blocks"
     )
     log_every: int = Field(10, ge=1)
+    shard: Literal["auto"] | bool = Field(
+        "auto",
+        description="several processes hold a part of the model each (FSDP2); auto: where it is too large for one",
+    )
     rank_timeout: float = Field(
         300.0, ge=1, description="of several processes: seconds that a silent one is waited for"
     )

@@ -12,8 +12,10 @@ from torch import Tensor
 from vlmtune.types import Batch, Encoded, Kind, Region
 
 
-def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right", "left"] = "right") -> Batch:
-    """Pad to the longest sample: right for training, left for generation.
+def collate(
+    samples: Sequence[Encoded], pad_token_id: int, side: Literal["right", "left"] = "right", fillers: int = 0
+) -> Batch:
+    """Pad to the longest sample: right for training, left for generation. fillers: see Batch.
 
     Padding is told by the attention mask and `Kind.PADDING`, never by the id: in many models pad == eos.
     Returns input_ids and attention_mask int64[B, T], kinds int8[B, T], pixels as the model wants them.
@@ -41,7 +43,7 @@ def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right"
         for region in sample.regions
     ]
     images = [image for sample in samples for image in sample.images]
-    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions, images)
+    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions, images, fillers)
 
 
 def _collate_pixels(pixels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -82,7 +84,9 @@ def tensors_of(micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[
             tensors |= {f"{number}/regions/{place}/{name}": v for name, v in parts.items() if v is not None}
             plain = {name: getattr(region, name) for name in ("at", "list_of", "is_answer", "image")}
             regions.append({"row": row, **plain})
-        described.append({"samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions})
+        described.append(
+            {"samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions, "fillers": batch.fillers}
+        )
     # cloned: samples of one batch may share memory, which safetensors refuses
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, described
 
@@ -97,5 +101,6 @@ def batches_of(tensors: Mapping[str, Tensor], described: Sequence[Mapping]) -> l
         for place, plain in enumerate(batch["regions"]):
             parts = {name: tensors.get(f"{number}/regions/{place}/{name}") for name in ("box", "patches", "mask")}
             regions.append((plain["row"], Region(**{k: v for k, v in plain.items() if k != "row"}, **parts)))
-        batches.append(Batch(inputs, tensors[f"{number}/kinds"], batch["tasks"], batch["samples"], regions))
+        kinds, fillers = tensors[f"{number}/kinds"], batch.get("fillers", 0)  # absent: written before there were any
+        batches.append(Batch(inputs, kinds, batch["tasks"], batch["samples"], regions, fillers=fillers))
     return batches

@@ -14,7 +14,7 @@ from vlmtune.data.sampling import Order
 from vlmtune.data.share import Share
 from vlmtune.data.sources import SampleSource
 from vlmtune.interrupt import leave_signals_to_parent
-from vlmtune.types import Batch, VlmtuneError
+from vlmtune.types import Batch, Encoded, VlmtuneError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Room:
 class Steps(Dataset):
     """`steps[n]` is the list of micro-batches of optimizer step n; it depends on nothing but n.
 
-    share: of one of several processes (None: there is only one).
+    share: of one of several processes (None: there is only one); filler: joins micro-batches without an image, where
+    the vision tower has to run in all processes at once.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Steps(Dataset):
         batch_size: int,
         room: Room,
         share: Share | None = None,
+        filler: Encoded | None = None,
     ):
         self.sources, self.order, self.encoder = sources, order, encoder
-        self.batch_size, self.room, self.share = batch_size, room, share
+        self.batch_size, self.room, self.share, self.filler = batch_size, room, share, filler
 
     def __len__(self) -> int:
         return len(self.order) // self.batch_size
@@ -74,7 +76,12 @@ class Steps(Dataset):
         # like lengths share a micro-batch: less padding, same gradient, since a step sums over all of its samples
         encoded.sort(key=lambda sample: len(sample.ids))
         together = self.room.split([len(sample) for sample in encoded])
-        return [collate(encoded[part], self.encoder.pad_token_id) for part in together]
+        return [self._collated(encoded[part]) for part in together]
+
+    def _collated(self, samples: list[Encoded]) -> Batch:
+        if self.filler is None or any(sample.pixels or sample.images for sample in samples):
+            return collate(samples, self.encoder.pad_token_id)
+        return collate([*samples, self.filler], self.encoder.pad_token_id, fillers=1)
 
 
 def start_worker(worker: int) -> None:

@@ -13,6 +13,7 @@ from vlmtune.evaluate.metrics import reference_text
 from vlmtune.evaluate.text import normalised
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.models.vlm import VLM
+from vlmtune.shards import forward_only
 from vlmtune.types import Sample, Text, Turn, VlmtuneError
 
 ALPHA = (
@@ -66,7 +67,6 @@ def true_answer(sample: Sample) -> str:
     return reference_text(next(turn for turn in reversed(sample.turns) if turn.role == "assistant"))
 
 
-@torch.inference_mode()
 def score_choices(
     model: torch.nn.Module, encoder: Encoder, asked: Sequence[tuple[Sample, Sequence[str]]], batch_size: int
 ) -> list[list[Choice]]:
@@ -81,8 +81,9 @@ def score_choices(
     for start in range(0, len(todo), batch_size):
         part = todo[start : start + batch_size]
         batch = collate([encoder.encode(sample) for _, _, sample in part], encoder.pad_token_id).to(model.device)
-        states = vlm(batch, every_state=False)
-        losses = token_cross_entropy(states.hidden, vlm.head, states.targets).double()
+        with forward_only(model):
+            states = vlm(batch, every_state=False)
+            losses = token_cross_entropy(states.hidden, vlm.head, states.targets).double()
         sums = torch.zeros(len(part), dtype=torch.double, device=losses.device).index_add(0, states.row, losses)
         counts = torch.bincount(states.row, minlength=len(part))
         for (number, text, _), total, count in zip(part, sums.tolist(), counts.tolist(), strict=True):

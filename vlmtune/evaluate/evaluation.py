@@ -22,6 +22,7 @@ from vlmtune.models.readouts import readouts_of
 from vlmtune.models.vlm import VLM
 from vlmtune.optim.precision import Precision, autocast
 from vlmtune.processes import ALONE, Processes
+from vlmtune.shards import forward_only
 from vlmtune.types import Box, Sample, VlmtuneError
 
 T = TypeVar("T")
@@ -58,7 +59,6 @@ class Evaluation:
     losses: list[SampleLoss] = field(default_factory=list)
 
 
-@torch.inference_mode()
 def evaluate(
     model: torch.nn.Module,
     encoder: Encoder,
@@ -80,7 +80,7 @@ def evaluate(
     The model must be in eval mode; the loss is the mean over supervised tokens. A model with read-outs is scored on
     regions as well (`names.REGION_METRICS`). Raises VlmtuneError for a sample that a metric cannot score.
     """
-    with autocast(precision, next(model.parameters()).device):
+    with forward_only(model), autocast(precision, next(model.parameters()).device):
         return _evaluate(model, encoder, groups, limit, batch_size, max_new_tokens, choices, chosen or {}, processes)
 
 

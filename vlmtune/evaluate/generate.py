@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
+from vlmtune.shards import forward_only
 from vlmtune.types import Encoded, Sample
 
 
@@ -21,7 +21,6 @@ class Generated:
     ended: bool
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel, encoder: Encoder, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int
 ) -> list[Generated]:
@@ -37,7 +36,8 @@ def generate(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([prompts[i] for i in chosen], encoder.pad_token_id, side="left").to(model.device)
-        out = model.generate(**batch.inputs, generation_config=config)
+        with forward_only(model):
+            out = model.generate(**batch.inputs, generation_config=config)
         width = batch.inputs["input_ids"].shape[1]
         for i, ids in zip(chosen, out[:, width:].tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in stops), None)

@@ -146,8 +146,9 @@ def token_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, rows: 
     recomputed in the backward. rows: tokens per chunk. Under autocast the product runs in the autocast dtype, as the
     model's own head would.
     """
-    if len(targets) == 0:
-        return hidden.sum(dim=1).float()
+    if len(targets) == 0:  # the graph must still reach every parameter
+        is_training = any(parameter.requires_grad for parameter in head.parameters())
+        return (head(hidden) if is_training else hidden).sum(dim=1).float()
     if type(head) is nn.Linear:
         weight, bias = head.weight, head.bias
         device = hidden.device.type

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from vlmtune.models.vlm import evaluating
+from vlmtune.shards import gathered
 
 SAME = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative to the largest value: a few roundings of each format (epsilon 6e-8, 1e-16, 4e-3, 5e-4)."""
@@ -104,7 +105,9 @@ def fuse(model: nn.Module, check: bool = True) -> list[str]:
         mixin = _mixin_for(module)
         if mixin is None or isinstance(module, mixin):
             continue
-        if not check or _is_same(module, mixin):
+        with gathered(model, name):
+            is_same = not check or _is_same(module, mixin)
+        if is_same:
             module.__class__ = _subclass(mixin, type(module))
             exchanged.append(name)
     return exchanged

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import BitsAndBytesConfig
 
+from vlmtune.shards import own_rows
 from vlmtune.types import VlmtuneError
 
 Storage = Literal["fp32", "bf16", "nf4", "int8"]
@@ -144,7 +145,7 @@ def stored_bytes(module: nn.Module) -> tuple[int, int]:
     """(bytes of the weights, bytes of quantisation constants) of a module and all below it."""
     weights = constants = 0
     for parameter in module.parameters():
-        weights += parameter.numel() * parameter.element_size()
+        weights += own_rows(parameter).numel() * parameter.element_size()
         if stored_as(parameter) == "nf4":
             state = parameter.quant_state
             constants += _bytes(state.absmax)

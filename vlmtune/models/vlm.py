@@ -16,6 +16,7 @@ from vlmtune.models.batchnorm import keeps_statistics
 from vlmtune.models.last_block import READ_ROWS
 from vlmtune.models.packing import PackedRow, is_packing, pack, packed_forward
 from vlmtune.models.trunk import CachedVision
+from vlmtune.shards import fold, run_body
 from vlmtune.types import Batch, VlmtuneError, supervised_mask, token_weights
 
 
@@ -98,9 +99,9 @@ class VLM(nn.Module):
 
     def _body(self, inputs: dict[str, Any], packed: PackedRow | None) -> Tensor:
         if packed is None:
-            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            return run_body(self.model, **inputs, use_cache=False).last_hidden_state
         with packed_forward():
-            return self.model.base_model(**packed.inputs, use_cache=False).last_hidden_state
+            return run_body(self.model, **packed.inputs, use_cache=False).last_hidden_state
 
 
 def checkpoint_activations(model: PreTrainedModel, parts: bool | Sequence[str] = True) -> None:
@@ -137,8 +138,10 @@ def set_training_mode(model: nn.Module) -> None:
     """Train mode only where something trains.
 
     A module whose whole subtree is frozen stays in eval mode: otherwise BatchNorm statistics of a frozen tower would
-    drift with every batch and the "frozen" part would change (SPEC G5).
+    drift with every batch and the "frozen" part would change (SPEC G5). A sharded model gives back what evaluations
+    gathered.
     """
+    fold(model)
     model.train()
     trains = {id(module) for module in model.modules() if any(p.requires_grad for p in module.parameters())}
     for module in model.modules():

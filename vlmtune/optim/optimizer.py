@@ -13,9 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlmtune.shards import in_parts_like, is_in_parts
 from vlmtune.types import VlmtuneError
 
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state in full precision, of the shape of the parameter; "step" is a number."""
 _UNPAGED: dict[str, OptimizerName] = {"paged_adamw": "adamw", "paged_adamw8bit": "adamw8bit"}
 
 
@@ -77,10 +80,22 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return flat
 
 
+def stored_like(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Name of a stored tensor -> the parameter that its rows belong to; only of parameters in parts."""
+    return {
+        f"{name}/{key}": parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        if is_in_parts(parameter)
+        for key in MOMENTS
+    }
+
+
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`, in place. Raises VlmtuneError for a tensor that fits no parameter that trains.
 
-    All of it goes to the parameter's device, where the fused AdamW keeps its step counters too.
+    Of a parameter in parts `flat` has the rows of this process. All of it goes to the parameter's device, where the
+    fused AdamW keeps its step counters too.
     """
     left = dict(flat)
     optimizer.state.clear()  # of a run that goes back to this state
@@ -96,9 +111,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, flat: dict[str, Ten
 
 
 def _fill_torch(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Tensor], place) -> None:
-    if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+    if state.keys() != {"step", *MOMENTS}:
         raise VlmtuneError(f"optimizer state with {', '.join(sorted(state))} is not AdamW's; was optim.name changed?")
-    optimizer.state[parameter] = {key: value.clone().to(parameter.device) for key, value in state.items()}
+    state = {key: value.clone().to(parameter.device) for key, value in state.items()}
+    if is_in_parts(parameter):
+        state |= {key: in_parts_like(state[key], parameter) for key in MOMENTS}
+    optimizer.state[parameter] = state
 
 
 def _fill_bitsandbytes(

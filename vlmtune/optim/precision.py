@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from vlmtune.shards import own_rows
+
 Precision = Literal["bf16", "fp16", "fp32"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,7 +62,7 @@ class LossScale:
 
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients by the scale, in place; what overflowed stays infinite."""
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = [own_rows(p.grad) for p in parameters if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, 1.0 / self.value)
 

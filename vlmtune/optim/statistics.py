@@ -7,11 +7,13 @@ Measured at an interval. Everything stays on the device until one transfer at th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from vlmtune.shards import is_in_parts, own_rows
 
 SAMPLED = 4096  # numbers of a parameter that weight and update are measured on; smaller ones are measured whole
 
@@ -33,7 +35,7 @@ class Row:
 @dataclass(frozen=True)
 class Begun:
     """Between the backward and the update. sums, norms, largest: float32[N] of the gradients of the N parameters in
-    `names`; weights: their samples, float32[at most SAMPLED] each."""
+    `names`; weights: their samples, float32[at most SAMPLED] each. Of a parameter in parts: of the rows here."""
 
     names: list[str]
     sums: Tensor
@@ -43,10 +45,13 @@ class Begun:
 
 
 class GradientStatistics:
-    """named: canonical name -> parameter. Use: `begin` after the backward, `end` after the optimizer's step."""
+    """named: canonical name -> parameter. Use: `begin` after the backward, `end` after the optimizer's step.
 
-    def __init__(self, named: Mapping[str, nn.Parameter]):
-        self.named = named
+    gather: what every process measured (JSON values), from each; only where parameters are in parts.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], gather: Callable[[list], list[list]] | None = None):
+        self.named, self.gather = named, gather
 
     @torch.no_grad()
     def begin(self) -> Begun | None:
@@ -57,12 +62,14 @@ class GradientStatistics:
         names = [name for name, parameter in self.named.items() if parameter.grad is not None]
         if not names:
             return None
-        grads = [self.named[name].grad for name in names]
+        grads = [own_rows(self.named[name].grad) for name in names]
         return Begun(
             names,
             torch.stack([grad.sum(dtype=torch.float32) for grad in grads]),
             torch.stack(torch._foreach_norm(grads)).float(),
-            torch.stack(torch._foreach_norm(grads, float("inf"))).float(),
+            torch.stack([grad.abs().max() if grad.numel() else grad.new_zeros(()) for grad in grads]).float()
+            if self.gather is not None  # a process may have no row of it
+            else torch.stack(torch._foreach_norm(grads, float("inf"))).float(),
             [_sample(self.named[name]).clone() for name in names],
         )
 
@@ -75,12 +82,13 @@ class GradientStatistics:
         table = torch.stack(
             [begun.sums, begun.norms, begun.largest, *(torch.stack(n).float() for n in (weights, updates))]
         )
+        measured = [[*row, sample.numel()] for row, sample in zip(table.T.tolist(), after, strict=True)]
         rows = {}
-        for name, sample, (total, norm, largest, weight, update) in zip(
-            begun.names, after, table.T.tolist(), strict=True
+        for name, (total, norm, largest, weight, update, sampled) in zip(
+            begun.names, self._over_all(begun.names, measured), strict=True
         ):
             parameter = self.named[name]
-            count, sampled = parameter.numel(), math.sqrt(sample.numel())
+            count, sampled = parameter.numel(), math.sqrt(sampled)
             mean = total / count
             variance = max(0.0, norm * norm / count - mean * mean)
             rows[name] = Row(
@@ -88,8 +96,23 @@ class GradientStatistics:
             )
         return rows
 
+    def _over_all(self, names: list[str], measured: list[list[float]]) -> list[list[float]]:
+        """measured: sum, norm, largest, norms of sampled weights and updates, how many those are, of each name."""
+        if self.gather is None:
+            return measured
+        rows = []
+        for n, of_processes in enumerate(zip(*self.gather(measured), strict=True)):
+            if not is_in_parts(self.named[names[n]]):  # all have measured the same
+                rows.append(measured[n])
+                continue
+            total, norm, largest, weight, update, sampled = zip(*of_processes, strict=True)
+            rows.append(
+                [sum(total), math.hypot(*norm), max(largest), math.hypot(*weight), math.hypot(*update), sum(sampled)]
+            )
+        return rows
+
 
 def _sample(parameter: Tensor) -> Tensor:
     """float32[at most SAMPLED], evenly spaced."""
-    flat = parameter.detach().reshape(-1)
+    flat = own_rows(parameter).reshape(-1)
     return flat[:: max(1, math.ceil(flat.numel() / SAMPLED))].float()

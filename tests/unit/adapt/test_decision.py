@@ -107,3 +107,25 @@ def test_the_micro_batch_is_the_largest_that_fits(config):
 def test_when_nothing_fits_the_smallest_is_named(config):
     with pytest.raises(VlmtuneError, match=r"nothing fits into 0\.0 GiB: the smallest plan \(QLoRA r8.*are missing"):
         decide(config, 2**20, "quality", SHAPE, "cpu")
+
+
+def test_several_devices_hold_together_what_one_cannot(config):
+    """Full fine-tuning on devices that hold no whole model with its gradients and state."""
+    alone = decide(config, GIB, "quality", SHAPE, "cpu")
+    assert alone.chosen.candidate.name == "full" and alone.chosen.holders == 1
+    full = alone.chosen.parts
+    state = 16 * (full.trained_divided + full.trained_whole)
+    limit = int(alone.chosen.prediction.total - 0.4 * state)
+    assert decide(config, limit, "quality", SHAPE, "cpu").chosen.candidate.name != "full"
+    several = decide(config, limit, "quality", SHAPE, "cpu", processes=4)
+    chosen = several.chosen
+    assert chosen.name == "full, in 4 parts" and chosen.needs <= limit
+    assert several.config["train"]["shard"] is True
+    assert "processes: 4 hold the model together" in "\n".join(several.reasons)
+    kept = chosen.prediction.peak[1].items
+    assert kept["optimizer"] == pytest.approx(8 * full.trained_divided / 4, rel=0.01)
+    assert chosen.least < chosen.needs
+    whole = next(option for option in several.options if option.name == "full")
+    assert whole.sent(4) == 3 * 2 * 4 * full.trained_divided // 4
+    quantised = [option for option in several.options if option.candidate.store == "nf4"]
+    assert quantised and all(option.holders == 1 for option in quantised)

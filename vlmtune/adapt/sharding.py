@@ -1,0 +1,155 @@
+"""A model of which every process holds a part (FSDP2): which parameters, and when it is worth it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from vlmtune.adapt.ledger import Peak
+from vlmtune.adapt.plan import Plan
+from vlmtune.adapt.prediction import FIRST_UPDATE, LATER_UPDATE, Prediction
+from vlmtune.models.anatomy import anatomy_of, canonical_parameters, part_of
+from vlmtune.models.quantise import is_quantised
+from vlmtune.shards import shard
+from vlmtune.types import VlmtuneError
+
+ROOM = 0.6
+"""Share of a device's memory that weights, gradients and optimizer may take in every process before `auto` shards."""
+BLOCKS = ("vision.layers.", "language.layers.")
+MOMENTS = {"adamw": 8, "paged_adamw": 0, "adamw8bit": 2, "paged_adamw8bit": 0}  # bytes a number on the device
+
+
+def shard_model(model: nn.Module, plan: Plan, mesh: DeviceMesh, keep_tower: bool = False) -> Plan:
+    """Leave this process its rows of the base model's weights, in place; returns the plan with the parameters that the
+    model has now.
+
+    What adapters brought and new rows stay whole in every process: they are small, and their gradients are added up
+    once a step. keep_tower: so does the vision tower, which then need not run in all processes at once.
+    Raises VlmtuneError for quantised weights, which cannot be taken apart.
+    """
+    named = canonical_parameters(model)
+    if (quantised := next((name for name, p in named.items() if is_quantised(p)), None)) is not None:
+        raise VlmtuneError(
+            f"train.shard: {quantised} is quantised, and quantised weights cannot be taken apart; store it in bf16, or "
+            "say shard: false."
+        )
+    whole = {parameter for name, parameter in named.items() if _stays_whole(name, parameter, plan, keep_tower)}
+    anatomy = anatomy_of(model)
+    paths = [anatomy.language_layers] if keep_tower else [anatomy.vision_layers, anatomy.language_layers]
+    blocks = [block for path in paths for block in model.get_submodule(path).children()]
+    for parameter in whole:  # the others are moved as they are taken apart, one at a time
+        parameter.data = parameter.data.to(mesh.device_type)
+    shard(model, blocks, mesh, whole)
+    now = canonical_parameters(model)
+    return replace(plan, parameters={name: now[name] for name in plan.parameters})
+
+
+def _stays_whole(name: str, parameter: nn.Parameter, plan: Plan, keep_tower: bool) -> bool:
+    return (
+        name not in plan.base  # adapters, new rows, read-outs
+        or parameter.dim() == 0
+        or (keep_tower and part_of(name) == "vision")
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What of a model is divided among processes, in bytes as stored: whole: every process has it; divided: of which it
+    has its share; root: of that, what lies in no block; block: the largest block. trained_whole, trained_divided: how
+    many numbers train."""
+
+    whole: int
+    divided: int
+    root: int
+    block: int
+    trained_whole: int
+    trained_divided: int
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: Plan, keep_tower: bool = False) -> Parts:
+        """model: before it is taken apart."""
+        return cls.counted(
+            (
+                name,
+                parameter.numel() * parameter.element_size(),
+                parameter.numel() if name in plan.parameters else 0,
+                _stays_whole(name, parameter, plan, keep_tower),
+            )
+            for name, parameter in canonical_parameters(model).items()
+        )
+
+    @classmethod
+    def counted(cls, tensors: Iterable[tuple[str, int, int, bool]]) -> Parts:
+        """tensors: canonical name, bytes, how many of its numbers train, and whether it stays whole."""
+        sizes: Counter[str] = Counter()
+        blocks: Counter[str] = Counter()
+        for name, held, trained, is_whole in tensors:
+            kind = "whole" if is_whole else "divided"
+            sizes[kind] += held
+            sizes[f"trained_{kind}"] += trained
+            if not is_whole:
+                block = ".".join(name.split(".")[:3]) if name.startswith(BLOCKS) else "root"
+                blocks[block] += held
+        root = blocks.pop("root", 0)
+        named = ("whole", "divided", "trained_whole", "trained_divided")
+        return cls(root=root, block=max(blocks.values(), default=0), **{name: sizes[name] for name in named})
+
+    def held(self, prediction: Prediction, size: int) -> Prediction:
+        """The prediction of a whole model's step, for one of `size` processes: it holds its share of weights, gradients
+        and optimizer state, and during forward and backward all of what `gathered` counts."""
+        weights = self.whole + self.divided // size
+        share = self.trained_share(size)
+        peaks = {}
+        for place, peak in prediction.peaks.items():
+            items = {
+                name: int(bytes_ * share) if name in ("gradients", "optimizer", "update") else bytes_
+                for name, bytes_ in peak.items.items()
+                if not name.startswith("weights")
+            }
+            items["weights"] = weights
+            if not place.startswith((FIRST_UPDATE, LATER_UPDATE)):
+                items["weights gathered"] = self.gathered
+            peaks[place] = Peak(sum(items.values()), items)
+        return replace(
+            prediction, peaks=peaks, state=int(prediction.state * share), gradients=int(prediction.gradients * share)
+        )
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of whole weights during a step: what lies in no block, the block at work, and the next."""
+        return min(self.divided, self.root + 2 * self.block)
+
+    def trained_share(self, size: int) -> float:
+        """Of all numbers that train, those whose gradient and state one of `size` processes keeps."""
+        trained = self.trained_whole + self.trained_divided
+        return (self.trained_whole + self.trained_divided / size) / trained if trained else 0.0
+
+    def sent(self, size: int, micro_batches: int) -> int:
+        """Bytes that each of `size` processes sends in a step, in rings: blocks are gathered for the forward and for
+        the backward, the rest once; gradients of what is divided are summed to their owners after every micro-batch,
+        those of what is whole to all, once."""
+        gathered = 2 * self.divided - self.root
+        to_owners = 4 * self.trained_divided
+        return int((size - 1) / size * (micro_batches * (gathered + to_owners) + 2 * 4 * self.trained_whole))
+
+    def sent_when_whole(self, size: int) -> int:
+        """The same where every process has the whole model: all gradients are summed to all, once."""
+        return int((size - 1) / size * 2 * 4 * (self.trained_whole + self.trained_divided))
+
+
+def state_bytes(model: nn.Module, plan: Plan, optimizer: str) -> int:
+    """Weights as they are stored, gradients in float32 and the optimizer's state of a whole model."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in plan.parameters.values())
+    return weights + trained * (4 + MOMENTS[optimizer])
+
+
+def is_worth_sharding(model: nn.Module, plan: Plan, optimizer: str, there: int) -> bool:
+    """there: bytes that each process can have. Adapters on quantised weights never are: they cannot be taken apart."""
+    if any(is_quantised(parameter) for parameter in model.parameters()):
+        return False
+    return state_bytes(model, plan, optimizer) > ROOM * there
