@@ -52,6 +52,7 @@ NOT_FINGERPRINTED = (
     ("train", "rank_timeout"),
     ("train", "shard"),
     ("checkpoint", "keep"),
+    ("checkpoint", "background"),
     ("checkpoint", "patience"),
     ("stability",),  # says what to do about a failure, so that a run can go on after one
     ("evaluate", "gallery"),

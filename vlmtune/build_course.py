@@ -69,6 +69,7 @@ def build_settings(config: Config, sizes: Sequence[int | None], precision: Preci
         log_every=config.train.log_every,
         checkpoint_every=interval(config.checkpoint.every),
         keep=config.checkpoint.keep,
+        background=config.checkpoint.background,
         eval_every=interval(config.evaluate.every),
         best=best,
         best_is=config.checkpoint.best_is or ("lowest" if best.startswith("loss") else "highest"),

@@ -42,7 +42,7 @@ from vlmtune.probe import FILE as PROBE_FILE
 from vlmtune.probe import Probe
 from vlmtune.processes import ALONE, Processes
 from vlmtune.sealed import digests, read_sealed, require_whole, seal
-from vlmtune.tensor_file import fill_in, lay_out, read_tensors
+from vlmtune.tensor_file import copied, fill_in, lay_out, read_tensors
 from vlmtune.types import VlmtuneError
 
 FORMAT = 1
@@ -96,51 +96,84 @@ class Recorded:
     companions: Sequence[Path] = ()
 
 
-def save_checkpoint(
-    folder: Path,
-    model: torch.nn.Module,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    fingerprint: str,
-    objective: torch.nn.Module,
-    recorded: Recorded | None = None,
-    writers: Processes = ALONE,
-) -> None:
-    """Write `folder` atomically. An existing folder of that name is replaced. objective: what it learns is saved;
-    writers: of a sharded model all processes call this, and each writes the rows it holds.
+class Draft:
+    """A checkpoint on its way: begun by `__init__`, filled by `rows`, and given its name by `rest`, atomically. An
+    existing folder of that name is replaced.
 
-    Raises VlmtuneError where it cannot be written (a full disk, a quota): then nothing of it is left, and all earlier
-    checkpoints are as they were.
+    objective: what it learns is saved; writers: of a model in parts all processes make one, and each writes the rows it
+    holds; copies: of all tensors are made at once, on the host, so that training may go on while another thread calls
+    `rows` and `rest`. Each raises VlmtuneError where it cannot be written (a full disk, a quota): after `discard`
+    nothing of it is left, and all earlier checkpoints are as they were.
     """
-    of_first = writers.gather("a checkpoint", os.getpid())[0]
-    draft = folder.with_name(f".{folder.name}.{of_first}.tmp")
-    full, adapters = trained_state(model, plan)
-    files = {draft / "trained.safetensors": full, draft / "optimizer.safetensors": optimizer_tensors(optimizer)}
-    try:
-        with writers.agreed("room for a checkpoint"), _explained(folder):
-            if writers.is_first:
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True)
-                for path, tensors in files.items():
-                    lay_out(path, tensors)
-        with writers.agreed("rows of a checkpoint"), _explained(folder):
-            for path, tensors in files.items():
-                fill_in(path, tensors, writers.is_first)
-        with writers.agreed("the rest of a checkpoint"), _explained(folder):
-            if writers.is_first:
-                save_adapters(adapters, plan, draft / "adapter")
-                _describe(draft, plan, state, fingerprint, objective, recorded)
-                for path in [*draft.rglob("*"), draft]:
-                    sync(path)
-                if folder.exists():
-                    remove_checkpoint(folder)
-                os.replace(draft, folder)
-                sync(folder.parent)
-    except VlmtuneError:
-        if writers.is_first:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise
+
+    def __init__(
+        self,
+        folder: Path,
+        model: torch.nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        fingerprint: str,
+        objective: torch.nn.Module,
+        recorded: Recorded | None = None,
+        writers: Processes = ALONE,
+        copies: bool = False,
+    ):
+        self.folder, self.writers, self.writes_all = folder, writers, writers.is_first
+        of_first = writers.gather("a checkpoint", os.getpid())[0]
+        self._path = folder.with_name(f".{folder.name}.{of_first}.tmp")
+        full, adapters = trained_state(model, plan)
+        self._files = {"trained.safetensors": full, "optimizer.safetensors": optimizer_tensors(optimizer)}
+        self._described: dict[str, Any] = {}
+        try:
+            with writers.agreed("room for a checkpoint"), _explained(folder):
+                if self.writes_all:
+                    shutil.rmtree(self._path, ignore_errors=True)
+                    self._path.mkdir(parents=True)
+                    for name, tensors in self._files.items():
+                        lay_out(self._path / name, tensors)
+                    save_adapters(adapters, plan, self._path / "adapter")
+                    self._described = _described(self._path, plan, state, fingerprint, objective, recorded)
+        except VlmtuneError:
+            self.discard()
+            raise
+        if copies:
+            self._files = {name: copied(tensors, self.writes_all) for name, tensors in self._files.items()}
+
+    def rows(self) -> None:
+        """Write what this process holds."""
+        with _explained(self.folder):
+            for name, tensors in self._files.items():
+                fill_in(self._path / name, tensors, self.writes_all)
+
+    def rest(self) -> None:
+        """Seal it and name it, once all have written their rows."""
+        if not self.writes_all:
+            return
+        with _explained(self.folder):
+            self._described["files"] = digests(self._path)
+            (self._path / "state.json").write_text(seal(self._described))
+            for path in [*self._path.rglob("*"), self._path]:
+                sync(path)
+            if self.folder.exists():
+                remove_checkpoint(self.folder)
+            os.replace(self._path, self.folder)
+            sync(self.folder.parent)
+
+    def write(self) -> None:
+        """`rows` and `rest`, here and now, together with the other writers."""
+        try:
+            with self.writers.agreed("rows of a checkpoint"):
+                self.rows()
+            with self.writers.agreed("the rest of a checkpoint"):
+                self.rest()
+        except VlmtuneError:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        if self.writes_all:
+            shutil.rmtree(self._path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -152,14 +185,15 @@ def _explained(folder: Path) -> Iterator[None]:
         raise VlmtuneError(_not_written(folder, error)) from error
 
 
-def _describe(
+def _described(
     draft: Path,
     plan: Plan,
     state: TrainState,
     fingerprint: str,
     objective: torch.nn.Module,
     recorded: Recorded | None,
-) -> None:
+) -> dict[str, Any]:
+    """state.json without the digests of files; writes those that are small."""
     (draft / "plan.json").write_text(json.dumps(plan_record(plan), indent=1))
     learned = {name: value.contiguous() for name, value in objective.state_dict().items()}
     if learned:
@@ -173,8 +207,7 @@ def _describe(
         for path in recorded.companions:
             if path.is_file():
                 shutil.copyfile(path, draft / path.name)
-    described["files"] = digests(draft)
-    (draft / "state.json").write_text(seal(described))
+    return json.loads(json.dumps(described))  # as it is now: training may go on while the rest is written
 
 
 def _not_written(folder: Path, error: Exception) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vlmtune.shards import is_in_parts, own_rows, rows_of
+from vlmtune.shards import in_parts_like, is_in_parts, own_rows, rows_of
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -47,6 +47,19 @@ def fill_in(path: Path, tensors: Mapping[str, Tensor], whole: bool) -> None:
             file.write(own_rows(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def copied(tensors: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
+    """What `fill_in` writes, copied to the host: later changes do not reach it. whole: as there; without it, tensors
+    that are not in parts are left as they are, because nobody reads them."""
+    return {
+        name: in_parts_like(own_rows(tensor).clone(), tensor)
+        if is_in_parts(tensor)
+        else tensor.detach().to("cpu", copy=True)
+        if whole
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

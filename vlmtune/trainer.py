@@ -16,7 +16,9 @@ import torch
 
 from vlmtune.adapt.plan import Plan
 from vlmtune.adapt.state import trained_buffers
+from vlmtune.background import Background
 from vlmtune.checkpoint import (
+    Draft,
     Recorded,
     TrainState,
     checkpoint_name,
@@ -27,7 +29,6 @@ from vlmtune.checkpoint import (
     read_state,
     remove_checkpoint,
     remove_leftovers,
-    save_checkpoint,
 )
 from vlmtune.checks.during import GradientWatch, LossWatch, Watch, judge_overflow
 from vlmtune.interrupt import Interrupted, StopRequest
@@ -61,7 +62,8 @@ class Settings:
 
     rates: rule -> how its learning rate moves, and whether it trains; clip: limit of the joint gradient norm of rules
     that are not in clip_by_rule; patience: evaluations that are not better by `delta` before the run stops; seed: of
-    what several processes draw; asked_every: steps between two times that an observer generates replies.
+    what several processes draw; asked_every: steps between two times that an observer generates replies; background:
+    a thread writes checkpoints.
     """
 
     total_steps: int
@@ -80,6 +82,7 @@ class Settings:
     statistics_every: int | None = None
     seed: int = 0
     asked_every: int | None = None
+    background: bool = False
 
     def phases(self) -> set[int]:
         """Steps at which some rule starts or stops to train, 0 included."""
@@ -158,6 +161,7 @@ class Trainer:
         self.share = StepShare(self.module, plan, settings.precision, device, tower, processes, filler)
         self.groups = plan.groups()
         self._writers = processes if is_sharded(model) else ALONE  # of checkpoints: who holds rows of them
+        self.background = Background(processes)
         self.state = TrainState()
         self.scale = LossScale.of(settings.precision)
         self.watch, self.gradients = LossWatch(), GradientWatch()
@@ -218,12 +222,18 @@ class Trainer:
                     self.run_evaluation()  # a stop came between the step and its evaluation
                 while self.state.step < self.settings.total_steps and self.state.stopped is None:
                     self._train_until_rewind()
+                self.background.look(wait=True)
             except Interrupted as interrupted:
                 if self._is_inside_step:  # a second signal: the weights may be those of the next step already
                     raise
                 is_saved = self._saved_step == self.state.step or self._save_if_sound()
+                self.background.look(wait=True)
                 where = f"a checkpoint of step {self.state.step} is written" if is_saved else NOTHING_FINITE
                 raise Interrupted(interrupted.number, f"{interrupted}; {where}.") from interrupted
+            except VlmtuneError:
+                if self.processes.size == 1:  # several may not be at the same place any more
+                    self.background.look(wait=True)
+                raise
         return self.state
 
     def _remove_leftovers(self) -> bool:
@@ -267,6 +277,7 @@ class Trainer:
                 return
             self._is_inside_step = False
             state.seconds = before + time.perf_counter() - started
+            self.background.look()
             metrics |= {"data_wait": waited, "step_seconds": time.perf_counter() - arrived}
             self._tell("on_step", metrics)
             if self._jumped(metrics):
@@ -447,6 +458,7 @@ class Trainer:
             raise VlmtuneError(f"{said} {self._ruined()}")
         if self._saved_step != self.state.step:
             self.save()  # everything needed to go on
+        self.background.look(wait=True)
         raise VlmtuneError(said)
 
     def _require_patience(self, failure: Exception) -> None:
@@ -513,6 +525,7 @@ class Trainer:
     def rewind(self, why: str) -> None:
         """Go back to the newest whole checkpoint with lower learning rates; the step at hand is left out when it comes
         again. The checkpoint is written again with that, so that a resume knows it."""
+        self.background.look(wait=True)
         failed, seconds = self.state.step, self.state.seconds
         name, complaints = self.processes.on_first("rewind", self._newest)
         if name is None:
@@ -576,9 +589,7 @@ class Trainer:
         self._wait(value)
         self._tell("on_eval", metrics)
         if better and state.step:
-            self.save()
-            if self.processes.is_first:
-                point(self.folder / "best", self.folder / checkpoint_name(state.step))
+            self.save(is_best=True)
         return metrics
 
     def _is_better(self, value: float, than: float | None, by: float = 0.0) -> bool:
@@ -600,20 +611,29 @@ class Trainer:
                 + f" for {state.waited} evaluations (checkpoint.patience)"
             )
 
-    def save(self) -> Path:
-        """Write a checkpoint, point `latest` at it, delete what is neither best, latest nor among the newest kept."""
+    def save(self, is_best: bool = False) -> Path:
+        """Write a checkpoint, point `latest` at it (and `best`), delete what is neither best, latest nor among the
+        newest kept. With `background` it has its name once it is written: see `Background.look`."""
         folder = self.folder / checkpoint_name(self.state.step)
         recorded = self._recorded()
-        if is_sharded(self.model):
-            self.write(folder, recorded)
+        writes = self.processes.is_first or is_sharded(self.model)
         with self.processes.agreed(f"checkpoint of step {self.state.step}"):
-            if self.processes.is_first:
-                if not is_sharded(self.model):
-                    self.write(folder, recorded)
-                point(self.folder / "latest", folder)
-                self._remove_old()
+            draft = self._draft(folder, recorded, copies=self.settings.background) if writes else None
+            if draft is not None and not self.settings.background:
+                draft.write()
         self._saved_step = self.state.step
+        if self.settings.background:
+            self.background.begin(draft, partial(self._point_at, folder, is_best))
+        else:
+            self._point_at(folder, is_best)
         return folder
+
+    def _point_at(self, folder: Path, is_best: bool) -> None:
+        if self.processes.is_first:
+            point(self.folder / "latest", folder)
+            if is_best:
+                point(self.folder / "best", folder)
+            self._remove_old()
 
     def _remove_old(self) -> None:
         best = self.folder / "best"
@@ -623,14 +643,17 @@ class Trainer:
             if old.resolve() not in kept:
                 remove_checkpoint(old)
 
-    def write(self, folder: Path, recorded: Recorded | None = None) -> None:
-        """A checkpoint of this moment, anywhere; of a sharded model all processes call this. recorded: what it holds
-        besides the training."""
+    def write(self, folder: Path) -> None:
+        """A checkpoint of this moment, anywhere."""
+        self._draft(folder, None, copies=False).write()
+
+    def _draft(self, folder: Path, recorded: Recorded | None, copies: bool) -> Draft:
+        """recorded: what it holds besides the training."""
         if self.sampling is not None:
             self.state.extra["sampling"] = self.sampling.state()
         self.state.extra |= {name: watch.state() for name, watch in self._watches().items()}
         self.state.loss_scale = None if self.scale is None else dict(vars(self.scale))
-        save_checkpoint(
+        return Draft(
             folder,
             self.model,
             self.plan,
@@ -640,6 +663,7 @@ class Trainer:
             self.module.objective,
             recorded,
             self._writers,
+            copies,
         )
 
     def _watches(self) -> dict[str, Watch]:

@@ -106,7 +106,7 @@ def die_before(call: int, monkeypatch) -> None:
 
         return operation
 
-    for name in ("save_file", "save_adapters", "sync", "digests", "remove_checkpoint"):
+    for name in ("lay_out", "fill_in", "save_file", "save_adapters", "sync", "digests", "remove_checkpoint"):
         monkeypatch.setattr(checkpoint_module, name, counted(getattr(checkpoint_module, name)))
     monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
     monkeypatch.setattr(os, "replace", counted(os.replace))

@@ -21,7 +21,7 @@ from training_setup import loss_and_gradients, micro_batches, snapshot
 
 from vlmtune.adapt.library import adapters_off, merge_adapters, tuner_layers
 from vlmtune.adapt.plan import Plan, apply_plan
-from vlmtune.checkpoint import TrainState, save_checkpoint
+from vlmtune.checkpoint import Draft, TrainState
 from vlmtune.losses.objective import Objective
 from vlmtune.models.anatomy import canonical_parameters
 from vlmtune.models.load import load_model
@@ -56,7 +56,7 @@ def train(model: nn.Module, plan: Plan, batch: Batch, steps: int = 2) -> torch.o
 
 
 def save(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    save_checkpoint(folder, model, plan, optimizer, TrainState(step=2), "fingerprint", Objective())
+    Draft(folder, model, plan, optimizer, TrainState(step=2), "fingerprint", Objective()).write()
 
 
 @pytest.fixture

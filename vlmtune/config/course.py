@@ -110,6 +110,9 @@ class Stability(Strict):
 class Checkpoint(Strict):
     every: SomeLength = Field("500 steps", description="steps, epochs or samples")
     keep: int = Field(2, ge=1, description="newest checkpoints kept (latest is one of them), besides best")
+    background: bool = Field(
+        False, description="a thread writes while training goes on, from a copy in the memory of the host"
+    )
     best: str = Field("loss", description='"loss", or a metric "group/task/metric"')
     best_is: Literal["lowest", "highest"] | None = Field(None, description="default: of a loss lowest, else highest")
 
