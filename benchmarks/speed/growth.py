@@ -49,10 +49,13 @@ def _work(arm: dict) -> float:
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(arms=ARMS, parts=1, micro=2, warmup=5, block=1, rounds=3)  # steps without a probe of ours
+    options.add_argument("--what", nargs="+", choices=ROWS, default=list(ROWS), help="the others stay as recorded")
     wish = options.parse_args()
-    rows = []
-    for what, sizes in ROWS.items():
-        for times, changed in sizes:
+    recorded = HERE / "growth.json"
+    kept = json.loads(recorded.read_text()) if recorded.exists() and wish.record else []
+    rows = [row for row in kept if row["what"] not in wish.what]
+    for what in wish.what:
+        for times, changed in ROWS[what]:
             args = argparse.Namespace(**vars(wish) | changed)
             result = measure(args)
             for arm in result["arms"].values():
@@ -60,7 +63,7 @@ def main() -> None:
             rows.append({"what": what, "times": times, "needed": result["needed"], "arms": result["arms"]})
             print(table(rows), flush=True)
     if wish.record:
-        (HERE / "growth.json").write_text(json.dumps(rows, indent=1))
+        recorded.write_text(json.dumps(rows, indent=1))
         head = __doc__.split("\n\n")[0]
         (HERE / "growth.md").write_text(f"# How cost grows\n\n{head}\n\n{table(rows)}\n")
 

@@ -22,11 +22,12 @@ from run_setup import final_tensors, numbers, train_quietly, wait_for_step
 from sizes_of_tests import by_default
 from training_setup import write_data
 
-from vlmtune.checkpoint import latest_checkpoint
-from vlmtune.config import load_config
+from vlmtune.checkpoint import latest_checkpoint, read_state
+from vlmtune.config import Chain, load_config, load_run_config
 from vlmtune.data.sources import FileSource
 from vlmtune.prepare import prepare
 from vlmtune.shards import is_sharded
+from vlmtune.stages import train_chain
 from vlmtune.start import held_bytes
 from vlmtune.step import StepShare
 from vlmtune.types import VlmtuneError
@@ -227,6 +228,57 @@ def test_a_loss_that_is_not_finite_in_one_process_is_found(write_config, tmp_pat
     assert len(ids) == 2 and all(name in said[0] for name in ids)
     assert not (tmp_path / "run" / "failures" / "step_000003").exists()
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_000002"
+
+
+@pytest.mark.parametrize("held", by_default([in_parts], [Path, in_parts]))
+def test_all_go_back_when_one_is_not_finite(held, write_config, tmp_path):
+    """rewind: to the checkpoint before, with lower rates, without the batch of that step."""
+    config = held(write_config("run", STEPS, stability={"nonfinite": "rewind"}, checkpoint={"every": 2}))
+    own, poisoned = StepShare.gradients, tmp_path / "poisoned"
+
+    def is_poisoned_once(group):
+        if group.rank == 1:
+
+            def gradients(share, parts, weights, scale, step, wish):
+                if step == 3 and not poisoned.exists():
+                    poisoned.touch()
+                    scale = math.nan
+                return own(share, parts, weights, scale, step, wish)
+
+            StepShare.gradients = gradients
+
+    summaries = train_together(2, tmp_path / "store", config, before=is_poisoned_once)
+    assert poisoned.exists() and [summary["steps"] for summary in summaries] == [STEPS] * 2
+    state = read_state(latest_checkpoint(tmp_path / "run" / "checkpoints"))["state"]
+    assert state["rewinds"] == [[3, 2]] and state["skipped"] == [3] and state["lr_scale"] == 0.5
+
+
+@pytest.mark.slow
+def test_a_chain_of_stages_in_parts(chain, tmp_path):
+    """Every stage takes the model apart again, and begins from what the one before wrote."""
+
+    def work(group):
+        with Path(os.devnull).open("w") as nowhere:
+            return train_chain(parts, Console(file=nowhere), processes=group)
+
+    def config_of(name: str, **train) -> Chain:
+        path = chain(name)
+        tree = yaml.safe_load(path.read_text())
+        tree["train"] |= train
+        tree["optim"]["eps"] = 1e-2
+        tree["stages"][2]["plan"] = WITHOUT_DROPOUT
+        path.write_text(yaml.safe_dump(tree))
+        return load_run_config(str(path))
+
+    whole, parts = config_of("whole"), config_of("parts", shard=True)
+    with Path(os.devnull).open("w") as nowhere:
+        train_chain(whole, Console(file=nowhere))
+    together(2, tmp_path / "store", work)
+    last = sorted(path.name for path in (tmp_path / "whole").iterdir() if path.name.startswith("3"))[0]
+    one, two = (final_tensors(tmp_path / name / last) for name in ("whole", "parts"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
