@@ -42,7 +42,7 @@ from vlmtune.probe import FILE as PROBE_FILE
 from vlmtune.probe import Probe
 from vlmtune.processes import ALONE, Processes
 from vlmtune.sealed import digests, read_sealed, require_whole, seal
-from vlmtune.tensor_file import copied, fill_in, lay_out, read_tensors
+from vlmtune.tensor_file import fill_in, lay_out, pieces_of, read_tensors
 from vlmtune.types import VlmtuneError
 
 FORMAT = 1
@@ -123,28 +123,30 @@ class Draft:
         of_first = writers.gather("a checkpoint", os.getpid())[0]
         self._path = folder.with_name(f".{folder.name}.{of_first}.tmp")
         full, adapters = trained_state(model, plan)
-        self._files = {"trained.safetensors": full, "optimizer.safetensors": optimizer_tensors(optimizer)}
+        files = {"trained.safetensors": full, "optimizer.safetensors": optimizer_tensors(optimizer)}
         self._described: dict[str, Any] = {}
         try:
             with writers.agreed("room for a checkpoint"), _explained(folder):
                 if self.writes_all:
                     shutil.rmtree(self._path, ignore_errors=True)
                     self._path.mkdir(parents=True)
-                    for name, tensors in self._files.items():
+                    for name, tensors in files.items():
                         lay_out(self._path / name, tensors)
                     save_adapters(adapters, plan, self._path / "adapter")
                     self._described = _described(self._path, plan, state, fingerprint, objective, recorded)
         except VlmtuneError:
             self.discard()
             raise
+        self._pieces = {name: pieces_of(tensors, self.writes_all) for name, tensors in files.items()}
         if copies:
-            self._files = {name: copied(tensors, self.writes_all) for name, tensors in self._files.items()}
+            for pieces in self._pieces.values():
+                pieces[:] = [(place, tensor.to("cpu", copy=True)) for place, tensor in pieces]
 
     def rows(self) -> None:
         """Write what this process holds."""
         with _explained(self.folder):
-            for name, tensors in self._files.items():
-                fill_in(self._path / name, tensors, self.writes_all)
+            for name, pieces in self._pieces.items():
+                fill_in(self._path / name, pieces)
 
     def rest(self) -> None:
         """Seal it and name it, once all have written their rows."""

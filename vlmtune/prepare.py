@@ -147,9 +147,9 @@ def prepare(
     formats = apply_formats(model, plan, config)
     parts = None
     if _is_in_parts(config, model, plan, device, processes):
-        keep_tower = config.data.vision_cache is not None  # else it need not run in all processes at once
-        parts = Parts.of(model, plan, keep_tower)
-        plan = shard_model(model, plan, processes.mesh(device), keep_tower)
+        keep_trunk = config.data.vision_cache is not None  # tower and projector run by themselves
+        parts = Parts.of(model, plan, keep_trunk)
+        plan = shard_model(model, plan, processes.mesh(device), keep_trunk)
         formats.append(f"every process holds a part of the model ({processes.size} of them)")
     else:
         place(model, device)

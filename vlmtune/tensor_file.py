@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vlmtune.shards import in_parts_like, is_in_parts, own_rows, rows_of
+from vlmtune.shards import is_in_parts, own_rows, rows_of
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -30,36 +30,29 @@ def lay_out(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.truncate(len(header) + sum(_bytes(tensors[name]) for name in places))
 
 
-def fill_in(path: Path, tensors: Mapping[str, Tensor], whole: bool) -> None:
-    """Write the rows of this process into a file of `lay_out`. whole: tensors that are not in parts too; all processes
-    have them, one writes them. Raises OSError where the disk is full."""
+def pieces_of(tensors: Mapping[str, Tensor], whole: bool) -> list[tuple[int, Tensor]]:
+    """(place in the file, numbers) of what this process writes: its rows, sharing memory with the tensors. whole:
+    tensors that are not in parts too; all processes have them, one writes them."""
     header, places = _layout(tensors)
+    pieces = []
+    for name, place in places.items():
+        tensor = tensors[name]
+        if is_in_parts(tensor):
+            row = _bytes(tensor) // max(1, tensor.shape[0])
+            pieces.append((len(header) + place + rows_of(tensor).start * row, own_rows(tensor)))
+        elif whole:
+            pieces.append((len(header) + place, own_rows(tensor)))
+    return pieces
+
+
+def fill_in(path: Path, pieces: Iterable[tuple[int, Tensor]]) -> None:
+    """Write them into a file of `lay_out`. Raises OSError where the disk is full."""
     with path.open("r+b") as file:
-        for name, place in places.items():
-            tensor = tensors[name]
-            if is_in_parts(tensor):
-                row = _bytes(tensor) // max(1, tensor.shape[0])
-                file.seek(len(header) + place + rows_of(tensor).start * row)
-            elif whole:
-                file.seek(len(header) + place)
-            else:
-                continue
-            file.write(own_rows(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for place, tensor in pieces:
+            file.seek(place)
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def copied(tensors: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
-    """What `fill_in` writes, copied to the host: later changes do not reach it. whole: as there; without it, tensors
-    that are not in parts are left as they are, because nobody reads them."""
-    return {
-        name: in_parts_like(own_rows(tensor).clone(), tensor)
-        if is_in_parts(tensor)
-        else tensor.detach().to("cpu", copy=True)
-        if whole
-        else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -230,6 +230,37 @@ def test_a_loss_that_is_not_finite_in_one_process_is_found(write_config, tmp_pat
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_000002"
 
 
+VARIANTS = {
+    "bfloat16, frozen weights stored in it": {"train": {"precision": "bf16"}},
+    "gradient checkpointing": {"train": {"gradient_checkpointing": True}},
+    "the features of the tower kept": {"data": {"vision_cache": "1GB"}},
+    "new tokens": {"data": {"new_tokens": ["<left>", "<right>"]}, "plan": [{"match": "embed", "train": "new_rows"}]},
+    "rows with padding": {"train": {"packing": False}},
+    "stock modules": {"train": {"fused": False}},
+}
+
+
+@pytest.mark.parametrize("variant", by_default(["the features of the tower kept"], VARIANTS))
+def test_in_parts_with_everything_else(variant, write_config, rows, tmp_path):
+    """The losses of one process. Texts alone are among the samples."""
+
+    def config_of(name: str) -> Path:
+        wish = VARIANTS[variant]
+        return write_config(
+            name, STEPS,
+            plan=[*wish.get("plan", []), *MIXED],
+            data={"train": [{"path": str(rows)}], "workers": 0, **wish.get("data", {})},
+            train={"length": STEPS, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "log_every": 1,
+                   **wish.get("train", {})},
+        )  # fmt: skip
+
+    train_quietly(config_of("one"))
+    assert [said["steps"] for said in train_together(2, tmp_path / "store", in_parts(config_of("two")))] == [STEPS] * 2
+    same = 1e-2 if variant.startswith("bfloat16") else 1e-4
+    for line, other in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=same)
+
+
 @pytest.mark.parametrize("held", by_default([in_parts], [Path, in_parts]))
 def test_all_go_back_when_one_is_not_finite(held, write_config, tmp_path):
     """rewind: to the checkpoint before, with lower rates, without the batch of that step."""

@@ -17,7 +17,7 @@ from vlmtune.optim.clip import clip_gradients, gradient_norms
 from vlmtune.optim.optimizer import build_adamw, load_optimizer_tensors, optimizer_tensors, stored_like
 from vlmtune.optim.statistics import GradientStatistics
 from vlmtune.shards import fold, in_parts_like, is_in_parts, is_sharded, own_rows, rows_of, shard
-from vlmtune.tensor_file import fill_in, lay_out, read_tensors
+from vlmtune.tensor_file import fill_in, lay_out, pieces_of, read_tensors
 from vlmtune.types import VlmtuneError
 
 SIZE = 4
@@ -142,7 +142,7 @@ def test_a_file_of_rows_is_the_file_of_one(tmp_path):
         if group.is_first:
             lay_out(path, tensors)
         group.wait_for_all("room")
-        fill_in(path, tensors, whole=group.is_first)
+        fill_in(path, pieces_of(tensors, whole=group.is_first))
         group.wait_for_all("rows")
         read = read_tensors(path, tensors)
         return all(torch.equal(read[name], own_rows(value)) for name, value in tensors.items())
@@ -184,7 +184,7 @@ def test_the_optimizer_goes_on_from_its_rows(tmp_path):
         if group.is_first:
             lay_out(path, state)
         group.wait_for_all("room")
-        fill_in(path, state, whole=group.is_first)
+        fill_in(path, pieces_of(state, whole=group.is_first))
         group.wait_for_all("rows")
         other = optimizer_of(model)
         load_optimizer_tensors(other, read_tensors(path, stored_like(other)))

@@ -23,12 +23,12 @@ BLOCKS = ("vision.layers.", "language.layers.")
 MOMENTS = {"adamw": 8, "paged_adamw": 0, "adamw8bit": 2, "paged_adamw8bit": 0}  # bytes a number on the device
 
 
-def shard_model(model: nn.Module, plan: Plan, mesh: DeviceMesh, keep_tower: bool = False) -> Plan:
+def shard_model(model: nn.Module, plan: Plan, mesh: DeviceMesh, keep_trunk: bool = False) -> Plan:
     """Leave this process its rows of the base model's weights, in place; returns the plan with the parameters that the
     model has now.
 
     What adapters brought and new rows stay whole in every process: they are small, and their gradients are added up
-    once a step. keep_tower: so does the vision tower, which then need not run in all processes at once.
+    once a step. keep_trunk: so do tower and projector, which then need not run in all processes at once.
     Raises VlmtuneError for quantised weights, which cannot be taken apart.
     """
     named = canonical_parameters(model)
@@ -37,9 +37,9 @@ def shard_model(model: nn.Module, plan: Plan, mesh: DeviceMesh, keep_tower: bool
             f"train.shard: {quantised} is quantised, and quantised weights cannot be taken apart; store it in bf16, or "
             "say shard: false."
         )
-    whole = {parameter for name, parameter in named.items() if _stays_whole(name, parameter, plan, keep_tower)}
+    whole = {parameter for name, parameter in named.items() if _stays_whole(name, parameter, plan, keep_trunk)}
     anatomy = anatomy_of(model)
-    paths = [anatomy.language_layers] if keep_tower else [anatomy.vision_layers, anatomy.language_layers]
+    paths = [anatomy.language_layers] if keep_trunk else [anatomy.vision_layers, anatomy.language_layers]
     blocks = [block for path in paths for block in model.get_submodule(path).children()]
     for parameter in whole:  # the others are moved as they are taken apart, one at a time
         parameter.data = parameter.data.to(mesh.device_type)
@@ -48,11 +48,11 @@ def shard_model(model: nn.Module, plan: Plan, mesh: DeviceMesh, keep_tower: bool
     return replace(plan, parameters={name: now[name] for name in plan.parameters})
 
 
-def _stays_whole(name: str, parameter: nn.Parameter, plan: Plan, keep_tower: bool) -> bool:
+def _stays_whole(name: str, parameter: nn.Parameter, plan: Plan, keep_trunk: bool) -> bool:
     return (
         name not in plan.base  # adapters, new rows, read-outs
         or parameter.dim() == 0
-        or (keep_tower and part_of(name) == "vision")
+        or (keep_trunk and part_of(name) in ("vision", "projector"))
     )
 
 
@@ -70,14 +70,14 @@ class Parts:
     trained_divided: int
 
     @classmethod
-    def of(cls, model: nn.Module, plan: Plan, keep_tower: bool = False) -> Parts:
+    def of(cls, model: nn.Module, plan: Plan, keep_trunk: bool = False) -> Parts:
         """model: before it is taken apart."""
         return cls.counted(
             (
                 name,
                 parameter.numel() * parameter.element_size(),
                 parameter.numel() if name in plan.parameters else 0,
-                _stays_whole(name, parameter, plan, keep_tower),
+                _stays_whole(name, parameter, plan, keep_trunk),
             )
             for name, parameter in canonical_parameters(model).items()
         )

@@ -1,0 +1,99 @@
+"""What each of several processes holds when they train a model in full: all of it, or a part (`train.shard`).
+
+    python benchmarks/processes/parts.py MODEL WORK --record
+
+MODEL is a folder with a model, WORK takes the run folders. Every row is a run of three steps under torchrun with one
+sample in a micro-batch; measured is the highest peak of the first process above what it holds without a model,
+predicted what it said before (`memory.json`), sent what the calculation says (`adapt.sharding.Parts`; measured for
+other runs in two_hosts.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from vlmtune.adapt.plan import apply_plan
+from vlmtune.adapt.sharding import Parts
+from vlmtune.build import load_base
+from vlmtune.build_course import training_policies
+from vlmtune.config import load_config
+
+HERE = Path(__file__).parent
+MIB = 2**20
+RUNS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
+"""Processes, and whether each holds a part."""
+
+
+def config_of(model: Path, folder: Path, processes: int, shard: bool) -> Path:
+    tree = {
+        "model": str(model), "run": str(folder / f"run-{processes}-{shard}"),
+        "data": {"train": [{"scenes": "base", "task": "vqa", "limit": 50}], "workers": 0},
+        "plan": [{"match": "*", "train": "full"}],
+        "train": {"length": "3 steps", "batch_size": 4, "micro_batch_size": 1, "precision": "fp32", "log_every": 1,
+                  "shard": shard},
+        "optim": {"lr": 1e-5, "warmup": "0 steps"},
+        "checkpoint": {"every": "1000 steps"},
+    }  # fmt: skip
+    path = folder / f"{processes}-{shard}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def measure(model: Path, folder: Path, processes: int, shard: bool) -> dict:
+    path = config_of(model, folder, processes, shard)
+    command = [sys.executable, "-m", "vlmtune", "train", str(path), "--no-check"]
+    several = ["--nproc", str(processes)] if processes > 1 else []
+    subprocess.run([*command, *several], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    config = load_config(str(path))
+    memory = json.loads((Path(config.run) / "memory.json").read_text())
+    rules = training_policies(config, config.train.precision)
+    base = load_base(config, rules=rules).model
+    parts = Parts.of(base, apply_plan(base, rules, config.model, config.train.seed))
+    sent = parts.sent(processes, 4 // processes) if shard else parts.sent_when_whole(processes)
+    highest = memory.get("highest", memory["measured"])
+    return {
+        "processes": processes, "shard": shard, "measured": highest, "predicted": memory["predicted_later"],
+        "sent": sent, "parameters": parts.trained_divided + parts.trained_whole,
+    }  # fmt: skip
+
+
+def report(rows: list[dict]) -> str:
+    first = rows[0]
+    lines = [
+        f"{first['parameters']:,} parameters, all of them trained in float32 by AdamW; 4 samples a step.",
+        "",
+        "| processes | each holds | measured MiB, each | of one | predicted MiB | sent by each in a step, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        held = "a part" if row["shard"] else "all"
+        lines.append(
+            f"| {row['processes']} | {held} | {row['measured'] / MIB:,.0f} | {row['measured'] / first['measured']:.2f} "
+            f"| {row['predicted'] / MIB:,.0f} | {row['sent'] / MIB:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=lambda text: Path(text).absolute())
+    parser.add_argument("work", type=lambda text: Path(text).absolute())
+    parser.add_argument("--record", action="store_true", help="write parts.md beside this file")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True)
+    rows = [measure(args.model, args.work, *run) for run in RUNS]
+    text = report(rows)
+    print(text)
+    if args.record:
+        (HERE / "parts.md").write_text(f"# A model in parts\n\n{__doc__.split(chr(10) * 2)[0]}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
