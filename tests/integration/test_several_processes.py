@@ -328,6 +328,29 @@ def test_what_needs_a_whole_model_is_refused(sections, needed, write_config, tmp
     assert not (tmp_path / "run").exists()
 
 
+QLORA = [
+    {"match": "vision", "train": "frozen"},
+    {"match": "projector", "train": "full"},
+    {"match": "language.layers", "train": "lora", "rank": 4, "store": "nf4"},
+    {"match": "*", "train": "frozen"},
+]
+
+
+def test_quantised_weights_are_not_taken_apart(write_config, tmp_path):
+    for said in train_together(2, tmp_path / "store", in_parts(write_config("run", STEPS, plan=QLORA))):
+        assert said.startswith("error: train.shard: language.layers.0.self_attn.q_proj.weight is quantised")
+
+
+@pytest.mark.slow
+def test_qlora_in_several_processes(write_config, tmp_path):
+    """Each has the whole quantised model."""
+    parts = {"plan": QLORA, "optim": {"lr": 1e-2, "warmup": 2, "eps": 1e-2}}
+    train_quietly(write_config("one", STEPS, **parts))
+    train_together(2, tmp_path / "store", write_config("two", STEPS, **parts))
+    for line, other in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-3)  # another order of sums (SAME_LOSS)
+
+
 def test_a_model_that_is_too_large_for_one_is_taken_apart(write_config, tmp_path, monkeypatch):
     """auto: by the memory that is there."""
     config = write_config("run", STEPS)

@@ -212,7 +212,8 @@ class _Search:
                 total += learns * _rank(policy.rank, matrix) * (matrix.inputs + matrix.outputs)
         return int(total)
 
-    def parts(self, candidate: Candidate) -> Parts:
+    def parts_of(self, candidate: Candidate) -> Parts:
+        """What of a plan several processes would divide."""
         tensors = []
         for name, (_, policy) in assign(candidate.rules, self.parameters).items():
             count, matrix = self.parameters[name], self.linear.get(name)
@@ -226,7 +227,7 @@ class _Search:
 
     def options(self, candidate: Candidate) -> list[Option]:
         """Whole in every process; in parts too, where that is possible: weights that are not quantised, plain AdamW."""
-        parts, least = self.parts(candidate), self.least(candidate)
+        parts, least = self.parts_of(candidate), self.least(candidate)
         found = [Option(candidate, least, parts)]
         if self.processes > 1 and candidate.store not in QUANTISED and candidate.optimizer == "adamw":
             learns = 4 + _STATE["adamw"]
