@@ -144,6 +144,7 @@ def cut(folder: Path, name: str, port: int) -> dict:
         time.sleep(0.05)
     for process in processes:
         process.kill()
+    _ip("-n", HOSTS[0], "link", "set", CABLE[0], "up")
     said = [process.stderr.read().strip().splitlines() for process in processes]
     return {
         "plan": name, "timeout": TIMEOUT, "seconds": [ended.get(rank) for rank in range(2)],

@@ -21,7 +21,7 @@ from vlmtune.adapt.sharding import Parts
 from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, part_of, rank_kind
 from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.synthetic import BatchShape, build_without_data
-from vlmtune.optim.optimizer import OptimizerName
+from vlmtune.optim.optimizer import STATE_BYTES, OptimizerName
 from vlmtune.rules import assign
 from vlmtune.types import VlmtuneError
 
@@ -33,7 +33,6 @@ RANKS = (64, BY_KIND, 16, 8)
 BATCH = 16  # samples of an optimizer step
 LARGEST_MICRO_BATCH = 16
 _BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.5 + 0.127 / 8, "int8": 1.0}
-_STATE = {"adamw": 8.0, "adamw8bit": 2.03, "paged_adamw": 0.0, "paged_adamw8bit": 0.0}  # on the device
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ class _Search:
     def least(self, candidate: Candidate) -> int:
         """Bytes of weights, gradients and optimizer state, without a single activation."""
         total = 0.0
-        learns = 8.0 + _STATE[candidate.optimizer]  # weight, gradient, state
+        learns = 8.0 + STATE_BYTES[candidate.optimizer]  # weight, gradient, state
         for name, (_, policy) in assign(candidate.rules, self.parameters).items():
             count = self.parameters[name]
             if policy.train == "full":
@@ -230,7 +229,7 @@ class _Search:
         parts, least = self.parts_of(candidate), self.least(candidate)
         found = [Option(candidate, least, parts)]
         if self.processes > 1 and candidate.store not in QUANTISED and candidate.optimizer == "adamw":
-            learns = 4 + _STATE["adamw"]
+            learns = 4 + STATE_BYTES["adamw"]
             weights = parts.whole + parts.divided // self.processes + parts.gathered
             trained = (parts.trained_whole + parts.trained_divided) * parts.trained_share(self.processes)
             found.append(Option(candidate, int(weights + learns * trained), parts, self.processes))

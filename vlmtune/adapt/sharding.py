@@ -14,13 +14,13 @@ from vlmtune.adapt.plan import Plan
 from vlmtune.adapt.prediction import FIRST_UPDATE, LATER_UPDATE, Prediction
 from vlmtune.models.anatomy import anatomy_of, canonical_parameters, part_of
 from vlmtune.models.quantise import is_quantised
+from vlmtune.optim.optimizer import STATE_BYTES, OptimizerName
 from vlmtune.shards import shard
 from vlmtune.types import VlmtuneError
 
 ROOM = 0.6
 """Share of a device's memory that weights, gradients and optimizer may take in every process before `auto` shards."""
 BLOCKS = ("vision.layers.", "language.layers.")
-MOMENTS = {"adamw": 8, "paged_adamw": 0, "adamw8bit": 2, "paged_adamw8bit": 0}  # bytes a number on the device
 
 
 def shard_model(model: nn.Module, plan: Plan, mesh: DeviceMesh, keep_trunk: bool = False) -> Plan:
@@ -141,14 +141,14 @@ class Parts:
         return int((size - 1) / size * 2 * 4 * (self.trained_whole + self.trained_divided))
 
 
-def state_bytes(model: nn.Module, plan: Plan, optimizer: str) -> int:
+def state_bytes(model: nn.Module, plan: Plan, optimizer: OptimizerName) -> int:
     """Weights as they are stored, gradients in float32 and the optimizer's state of a whole model."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in plan.parameters.values())
-    return weights + trained * (4 + MOMENTS[optimizer])
+    return weights + int(trained * (4 + STATE_BYTES[optimizer]))
 
 
-def is_worth_sharding(model: nn.Module, plan: Plan, optimizer: str, there: int) -> bool:
+def is_worth_sharding(model: nn.Module, plan: Plan, optimizer: OptimizerName, there: int) -> bool:
     """there: bytes that each process can have. Adapters on quantised weights never are: they cannot be taken apart."""
     if any(is_quantised(parameter) for parameter in model.parameters()):
         return False

@@ -17,6 +17,8 @@ from vlmtune.shards import in_parts_like, is_in_parts
 from vlmtune.types import VlmtuneError
 
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
+STATE_BYTES: dict[OptimizerName, float] = {"adamw": 8.0, "adamw8bit": 2.03, "paged_adamw": 0.0, "paged_adamw8bit": 0.0}
+"""Of the state of a trained number, on its device; what is paged may lie on the host."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state in full precision, of the shape of the parameter; "step" is a number."""
 _UNPAGED: dict[str, OptimizerName] = {"paged_adamw": "adamw", "paged_adamw8bit": "adamw8bit"}
