@@ -1,11 +1,11 @@
 """What each of several processes holds when they train a model in full: all of it, or a part (`train.shard`).
 
-    python benchmarks/processes/parts.py MODEL WORK --record
+    python benchmarks/processes/parts.py WORK --record
 
-MODEL is a folder with a model, WORK takes the run folders. Every row is a run of three steps under torchrun with one
-sample in a micro-batch; measured is the highest peak of the first process above what it holds without a model,
-predicted what it said before (`memory.json`), sent what the calculation says (`adapt.sharding.Parts`; measured for
-other runs in two_hosts.md).
+WORK takes the model and the run folders. The model is a LLaVA of 24 blocks of 512 with random weights and a small
+vocabulary. Every row is a run of three steps under torchrun with one sample in a micro-batch; measured is the highest
+peak of the first process above what it holds without a model, predicted what it said before (`memory.json`), sent what
+the calculation says (`adapt.sharding.Parts`; measured for other runs in two_hosts.md).
 """
 
 from __future__ import annotations
@@ -17,18 +17,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
+from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from vlmtune.adapt.plan import apply_plan
 from vlmtune.adapt.sharding import Parts
 from vlmtune.build import load_base
 from vlmtune.build_course import training_policies
 from vlmtune.config import load_config
+from vlmtune.models.tiny import write_tiny
 
 HERE = Path(__file__).parent
 MIB = 2**20
 RUNS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
 """Processes, and whether each holds a part."""
+
+
+def write_model(folder: Path) -> None:
+    write_tiny("llava", folder)
+    config = AutoConfig.from_pretrained(folder)
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 512, 1408, 24
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 8, 8, 64
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
 def config_of(model: Path, folder: Path, processes: int, shard: bool) -> Path:
@@ -83,12 +96,12 @@ def report(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=lambda text: Path(text).absolute())
     parser.add_argument("work", type=lambda text: Path(text).absolute())
     parser.add_argument("--record", action="store_true", help="write parts.md beside this file")
     args = parser.parse_args()
     args.work.mkdir(parents=True)
-    rows = [measure(args.model, args.work, *run) for run in RUNS]
+    write_model(args.work / "model")
+    rows = [measure(args.work / "model", args.work, *run) for run in RUNS]
     text = report(rows)
     print(text)
     if args.record:

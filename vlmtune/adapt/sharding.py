@@ -59,8 +59,8 @@ def _stays_whole(name: str, parameter: nn.Parameter, plan: Plan, keep_trunk: boo
 @dataclass(frozen=True)
 class Parts:
     """What of a model is divided among processes, in bytes as stored: whole: every process has it; divided: of which it
-    has its share; root: of that, what lies in no block; block: the largest block. trained_whole, trained_divided: how
-    many numbers train."""
+    has its share; root: of that, what lies in no block; block: the largest block. trained_whole, trained_divided,
+    trained_root, trained_block: how many of their numbers train."""
 
     whole: int
     divided: int
@@ -68,6 +68,8 @@ class Parts:
     block: int
     trained_whole: int
     trained_divided: int
+    trained_root: int
+    trained_block: int
 
     @classmethod
     def of(cls, model: nn.Module, plan: Plan, keep_trunk: bool = False) -> Parts:
@@ -87,6 +89,7 @@ class Parts:
         """tensors: canonical name, bytes, how many of its numbers train, and whether it stays whole."""
         sizes: Counter[str] = Counter()
         blocks: Counter[str] = Counter()
+        of_blocks: Counter[str] = Counter()
         for name, held, trained, is_whole in tensors:
             kind = "whole" if is_whole else "divided"
             sizes[kind] += held
@@ -94,13 +97,17 @@ class Parts:
             if not is_whole:
                 block = ".".join(name.split(".")[:3]) if name.startswith(BLOCKS) else "root"
                 blocks[block] += held
-        root = blocks.pop("root", 0)
-        named = ("whole", "divided", "trained_whole", "trained_divided")
-        return cls(root=root, block=max(blocks.values(), default=0), **{name: sizes[name] for name in named})
+                of_blocks[block] += trained
+        root, trained_root = blocks.pop("root", 0), of_blocks.pop("root", 0)
+        return cls(
+            sizes["whole"], sizes["divided"], root, max(blocks.values(), default=0),
+            sizes["trained_whole"], sizes["trained_divided"], trained_root, max(of_blocks.values(), default=0),
+        )  # fmt: skip
 
     def held(self, prediction: Prediction, size: int) -> Prediction:
         """The prediction of a whole model's step, for one of `size` processes: it holds its share of weights, gradients
-        and optimizer state, and during forward and backward all of what `gathered` counts."""
+        and optimizer state, and during forward and backward all of what `gathered` counts; in the backward also the
+        gradients of that, and a copy of those that are on their way to their owners."""
         weights = self.whole + self.divided // size
         share = self.trained_share(size)
         peaks = {}
@@ -113,6 +120,9 @@ class Parts:
             items["weights"] = weights
             if not place.startswith((FIRST_UPDATE, LATER_UPDATE)):
                 items["weights gathered"] = self.gathered
+            if place.startswith("backward"):
+                on_their_way = max(self.trained_root, self.trained_block)
+                items["gradients gathered"] = 4 * (self.trained_root + self.trained_block + on_their_way)
             peaks[place] = Peak(sum(items.values()), items)
         return replace(
             prediction, peaks=peaks, state=int(prediction.state * share), gradients=int(prediction.gradients * share)
