@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import select
+import signal
 import statistics
 import subprocess
 import time
@@ -66,8 +67,9 @@ class Arm:
         }
         self.log = (self.folder / "log.txt").open("w")
         self.process = subprocess.Popen(
-            start.command, env=plain | told, stdout=self.log, stderr=subprocess.STDOUT, cwd=self.folder
-        )
+            start.command, env=plain | told, stdout=self.log, stderr=subprocess.STDOUT, cwd=self.folder,
+            start_new_session=True,
+        )  # fmt: skip
         self.wait()
 
     def turn(self) -> None:
@@ -88,7 +90,7 @@ class Arm:
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)  # some start others, which would wait for their turn for ever
             self.process.wait()
 
     def losses(self) -> list[float]:
