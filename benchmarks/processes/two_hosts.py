@@ -4,8 +4,9 @@
 
 Each of two processes runs in a namespace of its own, joined by a virtual cable whose counters are read between two
 steps. The calculation (`adapt.sharding.Parts`): in a ring of n processes each sends 2 (n - 1)/n of the gradients, 4
-bytes a number; in parts it sends (n - 1)/n of the weights for the forward, again for the backward, and (n - 1)/n of the
-gradients. WORK takes the run folders. Needs root and `ip`.
+bytes a number; in parts it sends (n - 1)/n of the weights for the forward, again for the backward of blocks that have
+one, and of the gradients what gloo makes of a sum to owners: 2 (n - 1)/n (NCCL: half of that). WORK takes the run
+folders. Needs root and `ip`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ HOSTS = ("vlmtune-a", "vlmtune-b")
 CABLE = ("vlmtune0", "vlmtune1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 TIMEOUT = 10  # train.rank_timeout
-BETWEEN = (5, 25)  # steps between which bytes are counted
+BETWEEN = (18, 30)  # steps between which bytes are counted: a run looks at its probe after steps 16 and 32
 LORA = [
     {"match": "vision", "train": "frozen"}, {"match": "projector", "train": "full"},
     {"match": "language", "train": "lora", "rank": 16}, {"match": "*", "train": "frozen"},
@@ -115,7 +116,7 @@ def count(folder: Path, name: str, port: int) -> dict:
     assert codes == [0, 0], [process.stderr.read() for process in processes]
     parts = parts_of(config)
     is_in_parts = RUNS[name][1]
-    calculated = parts.sent(2, micro_batches=1) if is_in_parts else parts.sent_when_whole(2)
+    calculated = parts.sent(2, micro_batches=1, over_gloo=True) if is_in_parts else parts.sent_when_whole(2)
     trained = parts.trained_whole + parts.trained_divided
     steps = BETWEEN[1] - BETWEEN[0]
     counted = [(after - before) / steps for before, after in zip(*counters, strict=True)]

@@ -59,12 +59,13 @@ def _stays_whole(name: str, parameter: nn.Parameter, plan: Plan, keep_trunk: boo
 @dataclass(frozen=True)
 class Parts:
     """What of a model is divided among processes, in bytes as stored: whole: every process has it; divided: of which it
-    has its share; root: of that, what lies in no block; block: the largest block. trained_whole, trained_divided,
-    trained_root, trained_block: how many of their numbers train."""
+    has its share; root: of that, what lies in no block; again: blocks that are gathered for a backward too; block: the
+    largest block. trained_whole, trained_divided, trained_root, trained_block: how many of their numbers train."""
 
     whole: int
     divided: int
     root: int
+    again: int
     block: int
     trained_whole: int
     trained_divided: int
@@ -90,17 +91,23 @@ class Parts:
         sizes: Counter[str] = Counter()
         blocks: Counter[str] = Counter()
         of_blocks: Counter[str] = Counter()
+        learns: set[str] = set()
         for name, held, trained, is_whole in tensors:
             kind = "whole" if is_whole else "divided"
+            block = ".".join(name.split(".")[:3]) if name.startswith(BLOCKS) else "root"
             sizes[kind] += held
             sizes[f"trained_{kind}"] += trained
+            if trained:
+                learns.add(part_of(name) if block == "root" else block)
             if not is_whole:
-                block = ".".join(name.split(".")[:3]) if name.startswith(BLOCKS) else "root"
                 blocks[block] += held
                 of_blocks[block] += trained
         root, trained_root = blocks.pop("root", 0), of_blocks.pop("root", 0)
+        order = sorted(blocks, key=lambda block: (block.startswith("language"), int(block.split(".")[2])))
+        first = next((n for n, block in enumerate(order) if _has_backward(block, learns)), len(order))
+        again = sum(blocks[block] for block in order[max(0, first - 1) :])  # FSDP2 prefetches the one before
         return cls(
-            sizes["whole"], sizes["divided"], root, max(blocks.values(), default=0),
+            sizes["whole"], sizes["divided"], root, again, max(blocks.values(), default=0),
             sizes["trained_whole"], sizes["trained_divided"], trained_root, max(of_blocks.values(), default=0),
         )  # fmt: skip
 
@@ -138,17 +145,32 @@ class Parts:
         trained = self.trained_whole + self.trained_divided
         return (self.trained_whole + self.trained_divided / size) / trained if trained else 0.0
 
-    def sent(self, size: int, micro_batches: int) -> int:
-        """Bytes that each of `size` processes sends in a step, in rings: blocks are gathered for the forward and for
-        the backward, the rest once; gradients of what is divided are summed to their owners after every micro-batch,
-        those of what is whole to all, once."""
-        gathered = 2 * self.divided - self.root
-        to_owners = 4 * self.trained_divided
+    def sent(self, size: int, micro_batches: int, over_gloo: bool = False) -> int:
+        """Bytes that each of `size` processes sends in a step, in rings: everything is gathered for the forward, blocks
+        with a backward once more; gradients of what is divided are summed to their owners after every micro-batch,
+        those of what is whole to all, once.
+
+        over_gloo: which sums to all in any case, and so sends twice as much (benchmarks/processes/two_hosts.md).
+        """
+        gathered = self.divided + self.again
+        to_owners = 4 * self.trained_divided * (2 if over_gloo else 1)
         return int((size - 1) / size * (micro_batches * (gathered + to_owners) + 2 * 4 * self.trained_whole))
 
     def sent_when_whole(self, size: int) -> int:
         """The same where every process has the whole model: all gradients are summed to all, once."""
         return int((size - 1) / size * 2 * 4 * (self.trained_whole + self.trained_divided))
+
+
+def _has_backward(block: str, learns: set[str]) -> bool:
+    """Whether something learns in a block or before it. learns: blocks, and parts outside of blocks."""
+    part, _, number = block.split(".")
+    before = {"vision"} if part == "vision" else {"vision", "projector", "embed"}
+    for place in learns:
+        if place in before or (part == "language" and place.startswith("vision.layers.")):
+            return True
+        if place.startswith(f"{part}.layers.") and int(place.split(".")[2]) <= int(number):
+            return True
+    return False
 
 
 def state_bytes(model: nn.Module, plan: Plan, optimizer: OptimizerName) -> int:
