@@ -44,6 +44,7 @@ def test_what_several_processes_hold_and_send(model, vlmtune):
     code, out, err = vlmtune("plan", model, "--memory", "900MB", "--processes", 2, *SMALL)
     assert (code, err) == (0, "")
     assert "GiB on each of 2 cpu devices" in out and "GiB sent a step" in out
+    assert "shard: false" in out, "auto might decide otherwise"
     assert "full, in 2 parts" in out and "processes: each of 2 has the whole model, because it fits" in out
 
 

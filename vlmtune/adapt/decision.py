@@ -118,7 +118,7 @@ def decide(
     grown = search.grown(chosen, limit)
     options[options.index(chosen)] = grown
     return Decision(grown, tuple(options), _reasons(grown, options, goal, limit, shape, processes),
-                    _config_of(grown, precision), limit, processes)  # fmt: skip
+                    _config_of(grown, precision, processes), limit, processes)  # fmt: skip
 
 
 def _micro_batches(samples: int, processes: int) -> int:
@@ -299,7 +299,7 @@ def _reasons(
         how = (
             "with checkpointing and a micro-batch of 1"
             if option.prediction
-            else "in weights, gradients and state alone"
+            else "in weights, gradients and state alone" + (", gathered ones included" if option.holders > 1 else "")
         )
         reasons.append(f"not {option.name}: it takes {_gib(option.needs)} GiB {how}, and {_gib(limit)} GiB are there.")
     if processes > 1:
@@ -340,7 +340,7 @@ _OPTIMIZER_WHY = {
 }
 
 
-def _config_of(chosen: Option, precision: str) -> dict[str, Any]:
+def _config_of(chosen: Option, precision: str, processes: int) -> dict[str, Any]:
     """The keys of a config file that carry the decision."""
     rules = []
     for match, policy in chosen.candidate.rules:
@@ -362,8 +362,8 @@ def _config_of(chosen: Option, precision: str) -> dict[str, Any]:
             "precision": precision,
         },
     }
-    if chosen.holders > 1:
-        config["train"]["shard"] = True
+    if processes > 1:  # what was decided here by predictions, `auto` would decide by weights alone
+        config["train"]["shard"] = chosen.holders > 1
     if chosen.candidate.store == "nf4":
         config["quantise"] = {"double": True}
     return config
