@@ -53,7 +53,8 @@ class Background:
                 self._go_on()
             else:
                 self._running = self._draft = None
-                self._then()
+                with self.processes.agreed("the name of a checkpoint"):
+                    self._then()
 
     def _go_on(self) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="vlmtune-checkpoint")

@@ -621,11 +621,11 @@ class Trainer:
             draft = self._draft(folder, recorded, copies=self.settings.background) if writes else None
             if draft is not None and not self.settings.background:
                 draft.write()
+            if not self.settings.background:
+                self._point_at(folder, is_best)
         self._saved_step = self.state.step
         if self.settings.background:
             self.background.begin(draft, partial(self._point_at, folder, is_best))
-        else:
-            self._point_at(folder, is_best)
         return folder
 
     def _point_at(self, folder: Path, is_best: bool) -> None:

@@ -20,11 +20,8 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import AutoConfig, LlavaForConditionalGeneration
+from two_hosts import parts_of
 
-from vlmtune.adapt.plan import apply_plan
-from vlmtune.adapt.sharding import Parts
-from vlmtune.build import load_base
-from vlmtune.build_course import training_policies
 from vlmtune.config import load_config
 from vlmtune.models.tiny import write_tiny
 
@@ -68,9 +65,7 @@ def measure(model: Path, folder: Path, processes: int, shard: bool) -> dict:
     subprocess.run([*command, *several], check=True, env=os.environ | environment)
     config = load_config(str(path))
     memory = json.loads((Path(config.run) / "memory.json").read_text())
-    rules = training_policies(config, config.train.precision)
-    base = load_base(config, rules=rules).model
-    parts = Parts.of(base, apply_plan(base, rules, config.model, config.train.seed))
+    parts = parts_of(path)
     sent = parts.sent(processes, 4 // processes) if shard else parts.sent_when_whole(processes)
     highest = memory.get("highest", memory["measured"])
     return {

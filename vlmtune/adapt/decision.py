@@ -21,7 +21,7 @@ from vlmtune.adapt.sharding import Parts
 from vlmtune.models.anatomy import anatomy_of, canonical_name, canonical_parameters, part_of, rank_kind
 from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.synthetic import BatchShape, build_without_data
-from vlmtune.optim.optimizer import STATE_BYTES, OptimizerName
+from vlmtune.optim.optimizer import OptimizerName
 from vlmtune.rules import assign
 from vlmtune.types import VlmtuneError
 
@@ -195,22 +195,6 @@ class _Search:
             rules.append((part, policy))
         return tuple(rules)
 
-    def least(self, candidate: Candidate) -> int:
-        """Bytes of weights, gradients and optimizer state, without a single activation."""
-        total = 0.0
-        learns = 8.0 + STATE_BYTES[candidate.optimizer]  # weight, gradient, state
-        for name, (_, policy) in assign(candidate.rules, self.parameters).items():
-            count = self.parameters[name]
-            if policy.train == "full":
-                total += learns * count
-                continue
-            is_matrix = name in self.linear
-            total += count * (_BYTES[policy.store] if policy.store == "bf16" or is_matrix else 4.0)
-            if policy.train == "lora" and is_matrix:
-                matrix = self.linear[name]
-                total += learns * _rank(policy.rank, matrix) * (matrix.inputs + matrix.outputs)
-        return int(total)
-
     def parts_of(self, candidate: Candidate) -> Parts:
         """What of a plan several processes would divide."""
         tensors = []
@@ -226,13 +210,10 @@ class _Search:
 
     def options(self, candidate: Candidate) -> list[Option]:
         """Whole in every process; in parts too, where that is possible: weights that are not quantised, plain AdamW."""
-        parts, least = self.parts_of(candidate), self.least(candidate)
-        found = [Option(candidate, least, parts)]
-        if self.processes > 1 and candidate.store not in QUANTISED and candidate.optimizer == "adamw":
-            learns = 4 + STATE_BYTES["adamw"]
-            weights = parts.whole + parts.divided // self.processes + parts.gathered
-            trained = (parts.trained_whole + parts.trained_divided) * parts.trained_share(self.processes)
-            found.append(Option(candidate, int(weights + learns * trained), parts, self.processes))
+        parts, optimizer = self.parts_of(candidate), candidate.optimizer
+        found = [Option(candidate, parts.least(optimizer), parts)]
+        if self.processes > 1 and candidate.store not in QUANTISED and optimizer == "adamw":
+            found.append(Option(candidate, parts.least(optimizer, self.processes), parts, self.processes))
         return found
 
     def predicted(self, option: Option, checkpointing: bool, samples: int) -> Option:

@@ -207,7 +207,7 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(f"{tuple(tensor.shape)}".encode() + some).hexdigest()[:12]
 
 
-def _in_a_block(name: str) -> bool:
+def in_a_block(name: str) -> bool:
     """Of a transformer: models ask embeddings, projectors and patch convolutions for the format of their states."""
     return name.startswith(("vision.layers.", "language.layers."))
 
@@ -223,7 +223,7 @@ def _store(model: nn.Module, names: dict[str, nn.Parameter], assignment: dict[st
                     f"plan: {name} is stored as {stored_as(parameter)}, but rule {pattern!r} says {policy.store}; load "
                     "the model with the storage of its rules."
                 )
-        elif policy.store == "bf16" or (policy.store == "auto" and id(parameter) in multiplied and _in_a_block(name)):
+        elif policy.store == "bf16" or (policy.store == "auto" and id(parameter) in multiplied and in_a_block(name)):
             parameter.data = parameter.data.bfloat16()
         elif parameter.is_floating_point() and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from vlmtune.adapt.ledger import Peak
-from vlmtune.adapt.plan import Plan
+from vlmtune.adapt.plan import Plan, in_a_block
 from vlmtune.adapt.prediction import FIRST_UPDATE, LATER_UPDATE, Prediction
 from vlmtune.models.anatomy import anatomy_of, canonical_parameters, part_of
 from vlmtune.models.quantise import is_quantised
@@ -20,7 +20,6 @@ from vlmtune.types import VlmtuneError
 
 ROOM = 0.6
 """Share of a device's memory that weights, gradients and optimizer may take in every process before `auto` shards."""
-BLOCKS = ("vision.layers.", "language.layers.")
 
 
 def shard_model(model: nn.Module, plan: Plan, mesh: DeviceMesh, keep_trunk: bool = False) -> Plan:
@@ -94,7 +93,7 @@ class Parts:
         learns: set[str] = set()
         for name, held, trained, is_whole in tensors:
             kind = "whole" if is_whole else "divided"
-            block = ".".join(name.split(".")[:3]) if name.startswith(BLOCKS) else "root"
+            block = ".".join(name.split(".")[:3]) if in_a_block(name) else "root"
             sizes[kind] += held
             sizes[f"trained_{kind}"] += trained
             if trained:
@@ -135,6 +134,13 @@ class Parts:
             prediction, peaks=peaks, state=int(prediction.state * share), gradients=int(prediction.gradients * share)
         )
 
+    def least(self, optimizer: OptimizerName, holders: int = 1) -> int:
+        """Bytes below which none of `holders` processes can go: weights, those gathered where there are several,
+        gradients in float32 and the optimizer's state; no activation."""
+        weights = self.whole + self.divided // holders + (self.gathered if holders > 1 else 0)
+        kept = (self.trained_whole + self.trained_divided) * self.trained_share(holders)
+        return int(weights + (4 + STATE_BYTES[optimizer]) * kept)
+
     @property
     def gathered(self) -> int:
         """Bytes of whole weights during a step: what lies in no block, the block at work, and the next."""
@@ -173,15 +179,8 @@ def _has_backward(block: str, learns: set[str]) -> bool:
     return False
 
 
-def state_bytes(model: nn.Module, plan: Plan, optimizer: OptimizerName) -> int:
-    """Weights as they are stored, gradients in float32 and the optimizer's state of a whole model."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in plan.parameters.values())
-    return weights + int(trained * (4 + STATE_BYTES[optimizer]))
-
-
 def is_worth_sharding(model: nn.Module, plan: Plan, optimizer: OptimizerName, there: int) -> bool:
     """there: bytes that each process can have. Adapters on quantised weights never are: they cannot be taken apart."""
     if any(is_quantised(parameter) for parameter in model.parameters()):
         return False
-    return state_bytes(model, plan, optimizer) > ROOM * there
+    return Parts.of(model, plan).least(optimizer) > ROOM * there
