@@ -28,6 +28,8 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
+SHAPES_KEPT = "64"  # of a step's products; `benchmarks/speed`: no slower than 1024, and a third less memory
+
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a .yaml file or the name of a shipped recipe")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. optim.lr=1e-4 plan.2.rank=8")]
 
@@ -473,6 +475,10 @@ def recipes() -> None:
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
+    # torch's products in bfloat16 on a CPU keep compiled code and buffers for every shape they met, 1024 of them by
+    # default; steps of unpadded samples always have new shapes (read before torch is imported)
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, SHAPES_KEPT)
     try:
         app()
     except VlmtuneError as error:

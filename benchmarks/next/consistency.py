@@ -6,14 +6,17 @@
 
 The embedded model learns 24 concepts it has never seen (captions, questions, naming regions, writing; LoRA, projector
 in full, tower frozen), three seeds for each arm. Arms differ in `loss.consistency` alone. Each is asked POPE questions
-about 50 held-out scenes, once with their pictures and once with grey ones (blind: what it would say without looking),
-and the alignment matrix' questions of four levels; the tower is frozen, so its probe is the same for all.
+about held-out scenes and for captions of them, once with their pictures and once with grey ones (blind: what it would
+say without looking), and the alignment matrix' questions of four levels; the tower is frozen, so its probe is the same
+for all. Of captions the objects that are named count (CHAIR, Rohrbach et al. 2018): precision is the share of them that
+is there, recall the share of what is there that is named.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -27,8 +30,8 @@ HERE = Path(__file__).parent
 DRAFT = HERE / ".consistency.json"  # a study that was interrupted goes on where it was; gone once it is recorded
 TASKS = ("caption", "vqa", "referring", "ocr")
 SEEDS = (0, 1, 2)
-STEPS, BATCH = 150, 16
-HELD_OUT, ASKED, PER_LEVEL = 40, 50, 60
+STEPS, BATCH = 120, 16
+HELD_OUT, ASKED, PER_LEVEL, CAPTIONS = 24, 50, 40, 60
 ARMS = {
     "without": None,
     "margin, another": {"weight": 0.2},
@@ -109,6 +112,11 @@ def asked(model, encoder) -> dict:
         replies = generate_replies(model, encoder, prompts, 8, 50)
         scores = yes_no_scores(replies, truths).record()
         found[name] = {figure: scores[figure] for figure in FIGURES} | {"count": scores["count"]}
+    captions = [recipe.sample("caption", index, "val") for index in range(CAPTIONS)]
+    for name, samples in (("seeing", captions), ("blind", [blinded(sample) for sample in captions])):
+        prompts = [encoder.encode_prompt(sample) for sample in samples]
+        replies = generate_replies(model, encoder, prompts, 40, 50)
+        found[f"captions {name}"] = named(replies, captions, recipe.names)
     contrast = Contrast("another", None, lambda progress: 1.0)
     with torch.inference_mode():
         found["gain"] = {
@@ -120,6 +128,16 @@ def asked(model, encoder) -> dict:
         answers = language_answers(model, encoder, split.test, 50, 12, 0.0)
         found["levels"][level] = {row: statistics.mean(right(said, split.test)) for row, said in answers.items()}
     return found
+
+
+def named(captions: list[str], samples: list, names: list[str]) -> dict[str, float]:
+    """Precision and recall of the objects that captions name, over all of them; how many a caption names."""
+    right = said = there = 0
+    for caption, sample in zip(captions, samples, strict=True):
+        present = {thing["name"] for thing in sample.meta["objects"]}
+        mentioned = {name for name in names if re.search(rf"\b{re.escape(name)}s?\b", caption)}
+        right, said, there = right + len(present & mentioned), said + len(mentioned), there + len(present)
+    return {"precision": right / max(said, 1), "recall": right / there, "named": said / len(captions)}
 
 
 def blinded(sample):
@@ -189,6 +207,8 @@ def report(results: list[dict]) -> str:
     pope = {figure.replace("_", "-"): lambda r, f=figure: r["seeing"][f] for figure in FIGURES}
     blind = {"blind accuracy": lambda r: r["blind"]["accuracy"], "blind yes-rate": lambda r: r["blind"]["yes_rate"],
              "seeing - blind accuracy": lambda r: r["seeing"]["accuracy"] - r["blind"]["accuracy"]}  # fmt: skip
+    chair = {f"{figure}, {how}": lambda r, f=figure, h=how: r[f"captions {h}"][f]
+             for how in ("seeing", "blind") for figure in ("precision", "recall", "named")}  # fmt: skip
     gain = {task: lambda r, t=task: r["gain"][t] for task in TASKS}
     levels = {level: lambda r, name=level: r["levels"][name]["by probability"] for level in results[0]["levels"]}
     held_out = {
@@ -203,6 +223,7 @@ def report(results: list[dict]) -> str:
         [
             table(f"POPE, {count} questions about {ASKED} held-out scenes of new concepts:", results, pope),
             table("The same questions about grey pictures:", results, blind),
+            table(f"Objects that captions of {CAPTIONS} held-out scenes name:", results, chair),
             table("Nats per token by which its picture makes a held-out reply likelier than another:", results, gain),
             table(f"Alignment, {PER_LEVEL} questions a level, by probability:", results, levels),
             table("Held-out samples, and cost:", results, held_out),
