@@ -35,6 +35,7 @@ from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.filler import encode_filler
 from vlmtune.data.loader import Steps
+from vlmtune.data.pictures import budget_sentence
 from vlmtune.data.share import Share
 from vlmtune.data.sources import SampleSource
 from vlmtune.data.survey import Survey, longest_rows, row_tokens
@@ -146,7 +147,7 @@ def prepare(
     digests = {name: f"{p.dtype} {tensor_digest(p)}" for name, p in plan.parameters.items()}
     formats = apply_formats(model, plan, config)
     parts = None
-    if _is_in_parts(config, model, plan, device, processes):
+    if _is_in_parts(config, model, plan, device, processes, encoder.pictures.merges):
         keep_trunk = config.data.vision_cache is not None  # tower and projector run by themselves
         parts = Parts.of(model, plan, keep_trunk)
         plan = shard_model(model, plan, processes.mesh(device), keep_trunk)
@@ -156,6 +157,8 @@ def prepare(
     for line in formats:
         console.print(line, highlight=False, markup=False)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)
+    if encoder.pictures.rule is not None:
+        console.print(_what_complexity_does(steps), highlight=False, markup=False)
     share = _share_of(processes, sources, fitted.of_train)
     if parts is None:  # else all processes look at the same samples until the first step
         steps.share = share
@@ -181,7 +184,12 @@ def prepare(
 
 
 def _is_in_parts(
-    config: Config, model: torch.nn.Module, plan: Plan, device: torch.device, processes: Processes
+    config: Config,
+    model: torch.nn.Module,
+    plan: Plan,
+    device: torch.device,
+    processes: Processes,
+    merges_tokens: bool,
 ) -> bool:
     """Whether every process holds a part of the model (`train.shard`). Raises VlmtuneError where something else of the
     config needs a whole one."""
@@ -197,6 +205,7 @@ def _is_in_parts(
         f"optim.name: {config.optim.name}": config.optim.name != "adamw",
         "loss.balance gradnorm": config.loss.balance.by == "gradnorm",
         "evaluate.samples_every": config.evaluate.samples_every is not None,
+        "data.complexity on images of one size": merges_tokens,  # the tower runs outside of the model's forward
     }
     if needed := [name for name, is_needed in needs.items() if is_needed]:
         raise VlmtuneError(
@@ -205,6 +214,13 @@ def _is_in_parts(
             + "; change one of them."
         )
     return True
+
+
+def _what_complexity_does(steps: Steps) -> str:
+    """To the images of the first samples of the run, in a sentence."""
+    first = [steps.order[k] for k in range(min(steps.order.decide(0), LOOKED_AT))]
+    budgets = [budget for source, row in first for budget in steps.encoder.budgets(steps.sources[source][row])]
+    return budget_sentence(steps.encoder.pictures.rule.measure, budgets)
 
 
 def _with_fillers(made: Prepared, share: Share | None) -> Prepared:

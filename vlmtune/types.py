@@ -247,7 +247,7 @@ class Encoded:
     ids int64[T]; kinds int8[T] (`Kind`); turn int16[T] (index of the turn a token belongs to, -1 = template);
     pixels: the image processor's own tensors for all images of this sample; token_extras: per-token model inputs
     besides ids (for example mm_token_type_ids int64[T]); geometry: one per image; regions: where read-outs look;
-    images: in place of pixels, where features of the tower are kept.
+    images: in place of pixels, where features of the tower are kept; merges: see Batch.
     """
 
     id: str
@@ -261,6 +261,7 @@ class Encoded:
     origin: str = ""
     regions: list[Region] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)
+    merges: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -277,7 +278,9 @@ class Batch:
     inputs: keyword arguments of the model's forward (input_ids int64[B, T], attention_mask int64[B, T], pixels …);
     kinds int8[B, T] with `Kind.PADDING` where there is no token; regions: (row, region), where read-outs look; images:
     of all samples in order, in place of pixels among the inputs, where features of the tower are kept; fillers: how
-    many rows at the end are no samples, and only have the vision tower run.
+    many rows at the end are no samples, and only have the vision tower run; merges: of every image in order the side of
+    the squares of its tokens that are averaged into one (1: none are), empty where no image's are
+    (`models.merging.model_inputs`).
     """
 
     inputs: dict[str, Tensor]
@@ -287,6 +290,7 @@ class Batch:
     regions: list[tuple[int, Region]] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)
     fillers: int = 0
+    merges: list[int] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -298,7 +302,7 @@ class Batch:
         regions = [(row, region.to(device)) for row, region in self.regions]
         images = [image.to(device) for image in self.images]
         kinds = self.kinds.to(device, non_blocking=True)
-        return Batch(inputs, kinds, self.tasks, self.sample_ids, regions, images, self.fillers)
+        return Batch(inputs, kinds, self.tasks, self.sample_ids, regions, images, self.fillers, self.merges)
 
 
 def supervised_mask(kinds: Tensor) -> Tensor:

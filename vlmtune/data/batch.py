@@ -43,7 +43,10 @@ def collate(
         for region in sample.regions
     ]
     images = [image for sample in samples for image in sample.images]
-    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions, images, fillers)
+    merges = [merge for sample in samples for merge in sample.merges]
+    if set(merges) == {1}:
+        merges = []
+    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions, images, fillers, merges)
 
 
 def _collate_pixels(pixels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -85,8 +88,11 @@ def tensors_of(micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[
             plain = {name: getattr(region, name) for name in ("at", "list_of", "is_answer", "image")}
             regions.append({"row": row, **plain})
         described.append(
-            {"samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions, "fillers": batch.fillers}
-        )
+            {
+                "samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions, "fillers": batch.fillers,
+                "merges": batch.merges,
+            }
+        )  # fmt: skip
     # cloned: samples of one batch may share memory, which safetensors refuses
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, described
 
@@ -101,6 +107,6 @@ def batches_of(tensors: Mapping[str, Tensor], described: Sequence[Mapping]) -> l
         for place, plain in enumerate(batch["regions"]):
             parts = {name: tensors.get(f"{number}/regions/{place}/{name}") for name in ("box", "patches", "mask")}
             regions.append((plain["row"], Region(**{k: v for k, v in plain.items() if k != "row"}, **parts)))
-        kinds, fillers = tensors[f"{number}/kinds"], batch.get("fillers", 0)  # absent: written before there were any
-        batches.append(Batch(inputs, kinds, batch["tasks"], batch["samples"], regions, fillers=fillers))
+        counts = {"fillers": batch.get("fillers", 0), "merges": batch.get("merges", [])}  # absent: written before both
+        batches.append(Batch(inputs, tensors[f"{number}/kinds"], batch["tasks"], batch["samples"], regions, **counts))
     return batches
