@@ -18,7 +18,7 @@ from vlmtune.adapt.storage import loads_in_file_format, wanted_quantisation
 from vlmtune.build_course import policies
 from vlmtune.build_loss import wanted_readouts
 from vlmtune.config import EXPORTED, INHERIT, Config, Data, Source
-from vlmtune.data.complexity import rule_of, set_rule
+from vlmtune.data.complexity_rule import rule_of, set_rule
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
 from vlmtune.data.loader import Room, Steps, load_steps

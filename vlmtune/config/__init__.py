@@ -23,7 +23,7 @@ from vlmtune.config.whole import Config
 
 __all__ = [
     "EXPORTED", "INHERIT", "Balance", "BoxTerm", "Chain", "Checkpoint", "Complexity", "Config", "Data", "Evaluate",
-    "ExposureTerm", "Loss", "LrSegment", "Negatives", "Optim", "Quantise", "RankKind", "ReferringTerm", "Rule", "Sampling", "Source",
-    "Stability", "Stage", "Strict", "Train", "config_schema", "differing_keys", "dump_chain", "dump_config",
-    "load_config", "load_run_config", "parse_config", "recipe_names", "stage_folder",
+    "ExposureTerm", "Loss", "LrSegment", "Negatives", "Optim", "Quantise", "RankKind", "ReferringTerm", "Rule",
+    "Sampling", "Source", "Stability", "Stage", "Strict", "Train", "config_schema", "differing_keys", "dump_chain",
+    "dump_config", "load_config", "load_run_config", "parse_config", "recipe_names", "stage_folder",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from vlmtune.config.values import Name, ScheduleValue, Strict, checked, read_by
-from vlmtune.data.complexity import ComplexityRule
+from vlmtune.data.complexity_rule import ComplexityRule
 from vlmtune.data.prompts import system_prompt
 from vlmtune.data.templates import TemplateWish
 from vlmtune.errors import VlmtuneError

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmtune.data.complexity import MERGED, complexity, rule_of
+from vlmtune.data.complexity import complexity
+from vlmtune.data.complexity_rule import MERGED, rule_of
 from vlmtune.data.feature_store import FeatureStore, image_key
 from vlmtune.data.geometry import image_geometry, without_margin
 from vlmtune.data.images import image_size, load_image
