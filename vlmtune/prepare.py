@@ -157,8 +157,9 @@ def prepare(
     for line in formats:
         console.print(line, highlight=False, markup=False)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)
-    if encoder.pictures.rule is not None:
-        console.print(_what_complexity_does(steps), highlight=False, markup=False)
+    fewer = None if encoder.pictures.rule is None else _complexity_finding(steps)
+    if fewer is not None:
+        console.print(fewer.evidence, highlight=False, markup=False)
     share = _share_of(processes, sources, fitted.of_train)
     if parts is None:  # else all processes look at the same samples until the first step
         steps.share = share
@@ -179,6 +180,7 @@ def prepare(
         is_shared = any(rule.batchnorm == "sync" for rule in config.plan)
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
         made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
+        made.judged.extend([] if fewer is None else [fewer])
     fold(model)
     return _with_fillers(made, share) if parts is not None else made
 
@@ -216,11 +218,15 @@ def _is_in_parts(
     return True
 
 
-def _what_complexity_does(steps: Steps) -> str:
-    """To the images of the first samples of the run, in a sentence."""
+def _complexity_finding(steps: Steps) -> Finding:
+    """What `data.complexity` does to the images of the first samples of the run, and whether it does anything."""
     first = [steps.order[k] for k in range(min(steps.order.decide(0), LOOKED_AT))]
     budgets = [budget for source, row in first for budget in steps.encoder.budgets(steps.sources[source][row])]
-    return budget_sentence(steps.encoder.pictures.rule.measure, budgets)
+    evidence = budget_sentence(steps.encoder.pictures.rule.measure, budgets)
+    what = "simple images get fewer tokens"
+    if budgets and all(budget.tokens == budget.without for budget in budgets):
+        return Finding("warn", what, evidence, "raise data.complexity.simple, or leave data.complexity out")
+    return Finding("pass", what, evidence)
 
 
 def _with_fillers(made: Prepared, share: Share | None) -> Prepared:

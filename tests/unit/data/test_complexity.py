@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from vlmtune.data.pictures import Budget, Pictures, budget_sentence
 from vlmtune.data.resolution import set_pixel_limits
 from vlmtune.models.load import load_model, load_processor, save_processor
 from vlmtune.models.tiny import FAMILIES
+from vlmtune.prepare import _complexity_finding
 from vlmtune.types import ImageRef, Kind, Sample, Text, Turn, VlmtuneError
 
 MEASURES = ("edges", "entropy", "text", "detail")
@@ -332,3 +334,23 @@ def test_the_line_of_a_run():
         "complexity (edges): 1 of the first 2 images get fewer tokens than they would, 38% fewer in all (45 of 72)"
     )
     assert "0 of the first 0 images" in budget_sentence("edges", [])
+
+
+class FirstRows(list):
+    """An order of (source, row) pairs."""
+
+    def decide(self, step: int) -> int:
+        return len(self)
+
+
+def test_a_rule_that_changes_nothing_is_remarked_on(encoders):
+    def finding(*images: Image.Image):
+        rows = FirstRows((0, n) for n in range(len(images)))
+        return _complexity_finding(
+            SimpleNamespace(order=rows, sources=[[asked(image) for image in images]], encoder=encoders["llava"])
+        )
+
+    assert finding(FLAT, noise(64, 64)).level == finding().level == "pass"
+    nothing = finding(noise(64, 64), noise(64, 64, seed=1))
+    assert nothing.level == "warn" and "0 of the first 2 images" in nothing.evidence
+    assert "raise data.complexity.simple" in nothing.remedy
