@@ -112,7 +112,7 @@ class Sampling(Strict):
 class Complexity(Strict):
     """Fewer pixels, or merged tokens, for simple images."""
 
-    measure: Literal["edges", "entropy", "text", "detail", "none"] = Field(
+    measure: Literal["edges", "entropy", "text", "detail", "largest", "none"] = Field(
         "detail", description="of complexity, on a small grey copy; none: take away the rule that the model came with"
     )
     least: float = Field(0.25, description="share of its own pixels that a simple image gets, above 0 and below 1")

@@ -71,4 +71,9 @@ def detail(grey: np.ndarray) -> float:
     return min(1.0, math.sqrt((lost**2).mean()) / even.std())
 
 
-_MEASURES = {"edges": edges, "entropy": entropy, "text": text, "detail": detail}
+def largest(grey: np.ndarray) -> float:
+    """The largest of the four: an image is simple only where each of them says so."""
+    return max(measure(grey) for measure in (edges, entropy, text, detail))
+
+
+_MEASURES = {"edges": edges, "entropy": entropy, "text": text, "detail": detail, "largest": largest}

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from vlmtune.errors import VlmtuneError
 
-Measure = Literal["edges", "entropy", "text", "detail"]  # of `complexity`
+Measure = Literal["edges", "entropy", "text", "detail", "largest"]  # of `complexity`
 STEPS = 8  # shares are eighths: few limits, each with its own copy of the image processor
 MERGED = 1 / 4  # of its tokens an image has whose squares of 2 x 2 are averaged
 ATTRIBUTE = "vlmtune_complexity"  # of an image processor

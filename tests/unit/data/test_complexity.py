@@ -28,7 +28,7 @@ from vlmtune.models.tiny import FAMILIES
 from vlmtune.prepare import _complexity_finding
 from vlmtune.types import ImageRef, Kind, Sample, Text, Turn, VlmtuneError
 
-MEASURES = ("edges", "entropy", "text", "detail")
+MEASURES = ("edges", "entropy", "text", "detail", "largest")
 RESIZABLE = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
 ONE_SIZE = ("llava", "gemma3")
 RULE = ComplexityRule("edges", 0.25, 0.02, 0.3)
@@ -86,6 +86,11 @@ def test_writing_is_text_and_large_shapes_are_not():
     assert complexity(page, "text") > 0.05 > 5 * complexity(shapes, "text")
 
 
+def test_the_largest_is_that_of_the_four():
+    image = noise(90, 70).filter(ImageFilter.GaussianBlur(1))
+    assert complexity(image, "largest") == max(complexity(image, measure) for measure in MEASURES[:4])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     width=st.integers(1, 700),
@@ -121,7 +126,7 @@ def test_a_share_lies_between_the_least_and_one_and_grows(value, more, least):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"measure": "beauty"}, "no measure 'beauty'; it is one of edges, entropy, text, detail"),
+        ({"measure": "beauty"}, "no measure 'beauty'; it is one of edges, entropy, text, detail, largest"),
         ({"least": 0.0}, "least 0 is no share between 0 and 1"),
         ({"least": 1.0}, "least 1 is no share between 0 and 1"),
         ({"simple": 0.5}, "simple 0.5 and complex 0.3 are not in order"),
