@@ -344,6 +344,7 @@ def report(study: dict) -> str:
         "(Student's t); differences are paired by seed.",
         "",
         *(described(arm, study) for arm in CHOSEN),
+        *(f"- {arm}: not run." for arm in ARMS if not picked(results, arm)),
         "",
         accuracy_table(results),
         "",
