@@ -113,11 +113,11 @@ class Complexity(Strict):
     """Fewer pixels, or merged tokens, for simple images."""
 
     measure: Literal["edges", "entropy", "text", "detail", "largest", "none"] = Field(
-        "detail", description="of complexity, on a small grey copy; none: take away the rule that the model came with"
+        "largest", description="of complexity, on a small grey copy; none: take away the rule that the model came with"
     )
     least: float = Field(0.25, description="share of its own pixels that a simple image gets, above 0 and below 1")
-    simple: float = Field(0.25, description="complexity up to which an image gets the least")
-    complex: float = Field(0.5, description="complexity from which on an image gets all its pixels")
+    simple: float = Field(0.28, description="complexity up to which an image gets the least")
+    complex: float = Field(0.6, description="complexity from which on an image gets all its pixels")
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> Complexity:
