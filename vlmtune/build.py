@@ -18,13 +18,14 @@ from vlmtune.adapt.storage import loads_in_file_format, wanted_quantisation
 from vlmtune.build_course import policies
 from vlmtune.build_loss import build_contrast, wanted_readouts
 from vlmtune.config import EXPORTED, INHERIT, Config, Data, Source
+from vlmtune.data.complexity_rule import rule_of, set_rule
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
 from vlmtune.data.loader import Room, Steps, load_steps
 from vlmtune.data.mixture import Mixture
 from vlmtune.data.negatives import Form, NegativeSource, form_of_question
 from vlmtune.data.prompts import length_remark, system_prompt
-from vlmtune.data.resolution import set_pixel_limits
+from vlmtune.data.resolution import pixel_range, set_pixel_limits
 from vlmtune.data.sampling import Order, TemperatureOrder, every_task, grouped, pools_of
 from vlmtune.data.sources import FileSource, PromptedSource, SampleSource, SceneSource
 from vlmtune.data.survey import FittedSource, Survey, change_records, refuse_overlong, survey_source
@@ -33,6 +34,7 @@ from vlmtune.data.window import Window
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.embedded import embedded_digest, write_embedded, write_untrained
 from vlmtune.models.load import load_model, load_processor, meta_model, stored_dtype
+from vlmtune.models.merging import require_mergeable
 from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.readouts import attach_readouts, readouts_of
 from vlmtune.models.vocabulary import NewTokens, add_tokens
@@ -151,11 +153,21 @@ def _convention(wish: str, model: torch.nn.Module) -> str:
 
 
 def build_encoder(processor, model: torch.nn.Module, wish: Data | None = None) -> Encoder:
-    """wish: the data section of the config; None: the model as it is, without a limit of length."""
+    """wish: the data section of the config; None: the model as it is, without a limit of length.
+
+    Limits of pixels and the rule of complexity are set on the image processor, which keeps its own where `wish` says
+    nothing: those of an exported model.
+    """
     reads_regions = readouts_of(model) is not None
+    image_processor = processor.image_processor
+    if wish is not None:
+        set_pixel_limits(image_processor, wish.min_pixels, wish.max_pixels)
+        if wish.complexity is not None:
+            set_rule(image_processor, wish.complexity.rule)
+    if rule_of(image_processor) is not None and pixel_range(image_processor) is None:
+        require_mergeable(model)
     if wish is None:
         return Encoder(processor, coordinates(anatomy_of(model).coordinates), reads_regions=reads_regions)
-    set_pixel_limits(processor.image_processor, wish.min_pixels, wish.max_pixels)
     convention = coordinates(_convention(wish.coordinates, model))
     return Encoder(processor, convention, wish.max_length, wish.max_pixels_per_sample, reads_regions)
 

@@ -42,6 +42,7 @@ from vlmtune.config import Chain, Config, dump_config
 from vlmtune.data.check import CODES, OF_SOURCES
 from vlmtune.failure import diagnose_step, examine_batches
 from vlmtune.models.load import meta_model
+from vlmtune.models.merging import model_inputs
 from vlmtune.models.readouts import attach_readouts
 from vlmtune.models.vocabulary import embedding_rows
 from vlmtune.observe.data_report import CodeFindings
@@ -329,7 +330,7 @@ def _existing(folder: Path) -> Path:
 def _logits(model: torch.nn.Module, batch: Batch, precision: Precision) -> torch.Tensor:
     """float32[B, T, V] on the CPU, of tokens that are no padding; in eval mode, as transformers computes them."""
     model.eval()
-    inputs = batch.to(model.device).inputs
+    batch = batch.to(model.device)
     with own_forward(model), autocast(precision, model.device):
-        logits = model(**inputs, use_cache=False).logits
-    return logits[inputs["attention_mask"].bool()].float().cpu()
+        logits = model(**model_inputs(model, batch), use_cache=False).logits
+    return logits[batch.inputs["attention_mask"].bool()].float().cpu()

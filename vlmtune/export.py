@@ -28,6 +28,7 @@ from vlmtune.data.batch import collate
 from vlmtune.data.prompts import system_prompt
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.load import save_processor, stored_dtype
+from vlmtune.models.merging import model_inputs
 from vlmtune.models.quantise import QUANTISED
 from vlmtune.models.readouts import detach_readouts
 from vlmtune.optim.precision import Precision, autocast
@@ -66,7 +67,7 @@ def _logits(model: torch.nn.Module, batch: Batch, precision: Precision = "fp32")
     """float32[N, V] of the tokens that are not padding."""
     batch = batch.to(next(model.parameters()).device)
     with autocast(precision, batch.inputs["input_ids"].device):
-        logits = model(**batch.inputs, use_cache=False).logits
+        logits = model(**model_inputs(model, batch), use_cache=False).logits
     return logits[batch.inputs["attention_mask"].bool()].float().cpu()
 
 

@@ -35,6 +35,7 @@ from vlmtune.data.batch import collate, with_contrast
 from vlmtune.data.encode import Encoder
 from vlmtune.data.filler import encode_filler
 from vlmtune.data.loader import Steps
+from vlmtune.data.pictures import budget_sentence
 from vlmtune.data.share import Share
 from vlmtune.data.sources import SampleSource
 from vlmtune.data.survey import Survey, longest_rows, row_tokens
@@ -146,7 +147,7 @@ def prepare(
     digests = {name: f"{p.dtype} {tensor_digest(p)}" for name, p in plan.parameters.items()}
     formats = apply_formats(model, plan, config)
     parts = None
-    if _is_in_parts(config, model, plan, device, processes):
+    if _is_in_parts(config, model, plan, device, processes, encoder.pictures.merges):
         keep_trunk = config.data.vision_cache is not None  # tower and projector run by themselves
         parts = Parts.of(model, plan, keep_trunk)
         plan = shard_model(model, plan, processes.mesh(device), keep_trunk)
@@ -156,6 +157,9 @@ def prepare(
     for line in formats:
         console.print(line, highlight=False, markup=False)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)
+    fewer = None if encoder.pictures.rule is None else _complexity_finding(steps)
+    if fewer is not None:
+        console.print(fewer.evidence, highlight=False, markup=False)
     share = _share_of(processes, sources, fitted.of_train)
     if parts is None:  # else all processes look at the same samples until the first step
         steps.share = share
@@ -178,12 +182,18 @@ def prepare(
         is_shared = any(rule.batchnorm == "sync" for rule in config.plan)
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
         made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
+        made.judged.extend([] if fewer is None else [fewer])
     fold(model)
     return _with_fillers(made, share) if parts is not None else made
 
 
 def _is_in_parts(
-    config: Config, model: torch.nn.Module, plan: Plan, device: torch.device, processes: Processes
+    config: Config,
+    model: torch.nn.Module,
+    plan: Plan,
+    device: torch.device,
+    processes: Processes,
+    merges_tokens: bool,
 ) -> bool:
     """Whether every process holds a part of the model (`train.shard`). Raises VlmtuneError where something else of the
     config needs a whole one."""
@@ -200,6 +210,7 @@ def _is_in_parts(
         "loss.balance gradnorm": config.loss.balance.by == "gradnorm",
         "evaluate.samples_every": config.evaluate.samples_every is not None,
         "loss.consistency": config.loss.consistency is not None,
+        "data.complexity on images of one size": merges_tokens,  # the tower runs outside of the model's forward
     }
     if needed := [name for name, is_needed in needs.items() if is_needed]:
         raise VlmtuneError(
@@ -208,6 +219,17 @@ def _is_in_parts(
             + "; change one of them."
         )
     return True
+
+
+def _complexity_finding(steps: Steps) -> Finding:
+    """What `data.complexity` does to the images of the first samples of the run, and whether it does anything."""
+    first = [steps.order[k] for k in range(min(steps.order.decide(0), LOOKED_AT))]
+    budgets = [budget for source, row in first for budget in steps.encoder.budgets(steps.sources[source][row])]
+    evidence = budget_sentence(steps.encoder.pictures.rule.measure, budgets)
+    what = "simple images get fewer tokens"
+    if budgets and all(budget.tokens == budget.without for budget in budgets):
+        return Finding("warn", what, evidence, "raise data.complexity.simple, or leave data.complexity out")
+    return Finding("pass", what, evidence)
 
 
 def _with_fillers(made: Prepared, share: Share | None) -> Prepared:

@@ -86,7 +86,7 @@ def check_start(model: torch.nn.Module, plan: Plan, batch: Batch, precision: Pre
     batch = batch.to(model.device)
     rng = torch.get_rng_state()
     with autocast(precision, model.device):
-        findings = identity_findings(model, plan, batch.inputs)
+        findings = identity_findings(model, plan, batch)
     torch.set_rng_state(rng)
     return findings
 

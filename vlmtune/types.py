@@ -247,7 +247,7 @@ class Encoded:
     ids int64[T]; kinds int8[T] (`Kind`); turn int16[T] (index of the turn a token belongs to, -1 = template);
     pixels: the image processor's own tensors for all images of this sample; token_extras: per-token model inputs
     besides ids (for example mm_token_type_ids int64[T]); geometry: one per image; regions: where read-outs look;
-    images: in place of pixels, where features of the tower are kept.
+    images: in place of pixels, where features of the tower are kept; merges: see Batch.
     """
 
     id: str
@@ -261,6 +261,7 @@ class Encoded:
     origin: str = ""
     regions: list[Region] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)
+    merges: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -277,8 +278,9 @@ class Batch:
     inputs: keyword arguments of the model's forward (input_ids int64[B, T], attention_mask int64[B, T], pixels …);
     kinds int8[B, T] with `Kind.PADDING` where there is no token; regions: (row, region), where read-outs look; images:
     of all samples in order, in place of pixels among the inputs, where features of the tower are kept; fillers: how
-    many rows at the end are no samples, and only have the vision tower run; contrast: the rows `contrasted` once more,
-    with pictures that are not theirs.
+    many rows at the end are no samples, and only have the vision tower run; merges: of every image in order the side of
+    the squares of its tokens that are averaged into one (1: none are), empty where no image's are
+    (`models.merging.model_inputs`); contrast: the rows `contrasted` once more, with pictures that are not theirs.
     """
 
     inputs: dict[str, Tensor]
@@ -288,6 +290,7 @@ class Batch:
     regions: list[tuple[int, Region]] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)
     fillers: int = 0
+    merges: list[int] = field(default_factory=list)
     contrast: Batch | None = None
     contrasted: list[int] = field(default_factory=list)
 

@@ -108,7 +108,14 @@ def token_view(encoder: Encoder, fitted: Fitted) -> TokenView:
         weights=[1.0 if c else 0.0 for c in carries],
         images=pages,
         boxes=boxes,
-        notes=[CHANGED[change.action].format(*change.tokens, change.detail) for change in fitted.changes],
+        notes=[
+            *(CHANGED[change.action].format(*change.tokens, change.detail) for change in fitted.changes),
+            *(
+                f"Image {number}: complexity {budget.complexity:.3f} ({encoder.pictures.rule.measure}), so it gets "
+                f"{budget.tokens} of {budget.without} image tokens."
+                for number, budget in enumerate(encoder.budgets(sample), start=1)
+            ),
+        ],
     )
 
 

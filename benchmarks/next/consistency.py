@@ -65,7 +65,7 @@ def config_of(arm: str, seed: int, run: Path) -> dict:
             "precision": "fp32", "seed": seed,
         },
         "checkpoint": {"every": f"{STEPS} steps", "keep": 1},
-        "evaluate": {"batch_size": 50, "max_new_tokens": 24, "gallery": 0},
+        "evaluate": {"batch_size": 50, "generate": False, "gallery": 0},
     }  # fmt: skip
 
 
@@ -212,10 +212,9 @@ def report(results: list[dict]) -> str:
     gain = {task: lambda r, t=task: r["gain"][t] for task in TASKS}
     levels = {level: lambda r, name=level: r["levels"][name]["by probability"] for level in results[0]["levels"]}
     held_out = {
-        "new: vqa exact": lambda r: r["scores"]["new/vqa/exact"],
-        "new: caption exact": lambda r: r["scores"]["new/caption/exact"],
-        "old: vqa exact": lambda r: r["scores"]["old/vqa/exact"],
-        "new: loss": lambda r: statistics.mean(r["scores"][f"new/{task}/loss"] for task in TASKS),
+        f"{group}: loss": lambda r, g=group: statistics.mean(r["scores"][f"{g}/{task}/loss"] for task in TASKS)
+        for group in ("new", "old")
+    } | {
         "CPU-seconds of training": lambda r: r["train_cpu_seconds"],
     }
     count = results[0]["seeing"]["count"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlmtune.adapt.library import adapters_off, tuner_layers
 from vlmtune.adapt.new_rows import NEW_ROWS
@@ -13,6 +13,7 @@ from vlmtune.adapt.plan import Plan
 from vlmtune.models.anatomy import canonical_parameters, part_of
 from vlmtune.models.batchnorm import batch_norms, keeps_statistics
 from vlmtune.models.initialise import XAVIER_LIMIT
+from vlmtune.models.merging import model_inputs
 from vlmtune.types import Batch, Finding
 
 _ZERO_AT_START = ("lora_B", "bottleneck_up", "crossmodal_up", "prefixkv_gate")
@@ -52,28 +53,25 @@ def batchnorm_findings(
     ]  # fmt: skip
 
 
-def initial_findings(
-    model: nn.Module, plan: Plan, vocabulary: int, inputs: dict[str, Tensor] | None = None
-) -> list[Finding]:
+def initial_findings(model: nn.Module, plan: Plan, vocabulary: int, batch: Batch | None = None) -> list[Finding]:
     """A finding for every rule of initialisation that this plan calls for.
 
-    vocabulary: tokens of the tokenizer, added ones included; inputs: of a model call; with them the adapted model's
-    logits are compared with the base model's.
+    vocabulary: tokens of the tokenizer, added ones included; batch: on it the adapted model's logits are compared with
+    the base model's.
     """
     findings = [*_zeros(plan), *_kaiming(plan), *_drawn_anew(model, plan), *_norms(model), *_new_rows(model, plan)]
     findings.append(_not_shrunk(model, vocabulary))
     if findings[-1].level == "fail":  # an id without a row ends every forward pass
         return findings
-    if inputs is not None:
-        findings += identity_findings(model, plan, inputs)
+    if batch is not None:
+        findings += identity_findings(model, plan, batch)
     return findings
 
 
-def identity_findings(model: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> list[Finding]:
-    """Whether the adapted model starts as the base model; nothing where a method does not mean to. inputs: of a call of
-    the model."""
+def identity_findings(model: nn.Module, plan: Plan, batch: Batch) -> list[Finding]:
+    """Whether the adapted model starts as the base model on a batch; nothing where a method does not mean to."""
     changes_base = any(_has_own_start(plan, name) for name in _adapter_tensors(plan, "lora_A"))
-    return [_identity(model, inputs)] if plan.adapters and not changes_base else []
+    return [_identity(model, batch)] if plan.adapters and not changes_base else []
 
 
 def _adapter_tensors(plan: Plan, *marks: str) -> dict[str, nn.Parameter]:
@@ -199,13 +197,13 @@ def _not_shrunk(model: nn.Module, vocabulary: int) -> Finding:
 
 
 @torch.no_grad()
-def _identity(model: nn.Module, inputs: dict[str, Tensor]) -> Finding:
-    carries = inputs["attention_mask"].bool()
+def _identity(model: nn.Module, batch: Batch) -> Finding:
+    carries = batch.inputs["attention_mask"].bool()
     training = model.training
     model.eval()
-    adapted = model(**inputs, use_cache=False).logits[carries].float()
+    adapted = model(**model_inputs(model, batch), use_cache=False).logits[carries].float()
     with adapters_off(model):
-        base = model(**inputs, use_cache=False).logits[carries].float()
+        base = model(**model_inputs(model, batch), use_cache=False).logits[carries].float()
     model.train(training)
     gap = float((adapted - base).detach().abs().max() / base.detach().abs().max())
     what = f"adapters start as the base model ({len(tuner_layers(model))} modules)"

@@ -43,7 +43,8 @@ class Picture:
 def pictures_of(batch: Batch, image_token_ids: Collection[int]) -> list[Picture]:
     """The images of a micro-batch, each with the sample whose placeholders it fills.
 
-    Placeholders go by size: the number of patches where images are lists of patches, else every tile has as many. Where
+    Placeholders go by size: the number of patches where images are lists of patches, else every tile has as many, or a
+    share of them where squares of tokens are merged. Where
     a row of tiles belongs to a sample (the SmolVLM family), tiles that are all zero are padding. The sample is "?" if
     placeholders and images do not fit together.
     """
@@ -60,6 +61,9 @@ def pictures_of(batch: Batch, image_token_ids: Collection[int]) -> list[Picture]
         ]
     grids = batch.inputs.get("image_grid_thw")
     sizes = [1] * len(values) if grids is None else [int(size) for size in grids.prod(dim=1)]
+    if batch.merges:
+        most = max(batch.merges) ** 2
+        sizes = [most // merge**2 for merge in batch.merges]
     parts = list(values) if grids is None else list(values.split(sizes))
     owners = _owners(_places(batch, image_token_ids).sum(dim=1).tolist(), sizes)
     found: list[Picture] = []

@@ -4,7 +4,7 @@ A file is YAML; `key=value` on the command line overrides one leaf (`optim.lr=1e
 """
 
 from vlmtune.config.course import Checkpoint, Evaluate, Optim, Stability, Train
-from vlmtune.config.data import INHERIT, Data, Negatives, Sampling, Source
+from vlmtune.config.data import INHERIT, Complexity, Data, Negatives, Sampling, Source
 from vlmtune.config.learning_rate import LrSegment
 from vlmtune.config.load import (
     config_schema,
@@ -22,9 +22,9 @@ from vlmtune.config.values import Strict
 from vlmtune.config.whole import Config
 
 __all__ = [
-    "EXPORTED", "INHERIT", "Balance", "BoxTerm", "Chain", "Checkpoint", "Config", "ConsistencyTerm", "Data", "Evaluate",
-    "ExposureTerm", "Loss", "LrSegment", "Negatives", "Optim", "Quantise", "RankKind", "ReferringTerm", "Rule",
-    "Sampling", "Source",
-    "Stability", "Stage", "Strict", "Train", "config_schema", "differing_keys", "dump_chain", "dump_config",
-    "load_config", "load_run_config", "parse_config", "recipe_names", "stage_folder",
+    "EXPORTED", "INHERIT", "Balance", "BoxTerm", "Chain", "Checkpoint", "Complexity", "Config",
+    "ConsistencyTerm", "Data", "Evaluate", "ExposureTerm", "Loss", "LrSegment", "Negatives", "Optim", "Quantise",
+    "RankKind", "ReferringTerm", "Rule", "Sampling", "Source", "Stability", "Stage", "Strict", "Train", "config_schema",
+    "differing_keys", "dump_chain", "dump_config", "load_config", "load_run_config", "parse_config", "recipe_names",
+    "stage_folder",
 ]  # fmt: skip

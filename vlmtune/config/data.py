@@ -7,8 +7,10 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from vlmtune.config.values import Name, ScheduleValue, Strict, checked, read_by
+from vlmtune.data.complexity_rule import ComplexityRule
 from vlmtune.data.prompts import system_prompt
 from vlmtune.data.templates import TemplateWish
+from vlmtune.errors import VlmtuneError
 from vlmtune.schedule import piecewise
 from vlmtune.sizes import parse_bytes
 
@@ -107,6 +109,31 @@ class Sampling(Strict):
         return self
 
 
+class Complexity(Strict):
+    """Fewer pixels, or merged tokens, for simple images."""
+
+    measure: Literal["edges", "entropy", "text", "detail", "largest", "none"] = Field(
+        "largest", description="of complexity, on a small grey copy; none: take away the rule that the model came with"
+    )
+    least: float = Field(0.25, description="share of its own pixels that a simple image gets, above 0 and below 1")
+    simple: float = Field(0.28, description="complexity up to which an image gets the least")
+    complex: float = Field(0.6, description="complexity from which on an image gets all its pixels")
+
+    @model_validator(mode="after")
+    def _is_a_rule(self) -> Complexity:
+        try:
+            _ = self.rule
+        except VlmtuneError as error:
+            raise ValueError(str(error).removeprefix("data.complexity: ").rstrip(".")) from error
+        return self
+
+    @property
+    def rule(self) -> ComplexityRule | None:
+        if self.measure == "none":
+            return None
+        return ComplexityRule(self.measure, self.least, self.simple, self.complex)
+
+
 class Data(Strict):
     train: list[Source] = Field(min_length=1)
     eval: dict[Name, Annotated[list[Source], Field(min_length=1)]] = Field(
@@ -127,6 +154,9 @@ class Data(Strict):
     min_pixels: int | None = Field(None, ge=1, description="of one image after its resize (default: the processor's)")
     max_pixels: int | None = Field(None, ge=1, description="of one image after its resize (default: the processor's)")
     max_pixels_per_sample: int | None = Field(None, ge=1, description="of all images of a sample together")
+    complexity: Complexity | None = Field(
+        None, description="fewer pixels or merged tokens for simple images (default: as the model came)"
+    )
     coordinates: str = Field("auto", description="how boxes and points are written: auto, norm1000, pixels, …")
     new_tokens: list[str] = Field(default_factory=list, description="tokens to add, spelled as in the data")
     add_coordinate_tokens: bool = Field(False, description="add those tokens of `coordinates` that the model lacks")

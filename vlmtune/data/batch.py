@@ -44,7 +44,10 @@ def collate(
         for region in sample.regions
     ]
     images = [image for sample in samples for image in sample.images]
-    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions, images, fillers)
+    merges = [merge for sample in samples for merge in sample.merges]
+    if set(merges) == {1}:
+        merges = []
+    return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions, images, fillers, merges)
 
 
 def with_contrast(batch: Batch, others: Sequence[Encoded | None], pad_token_id: int) -> Batch:
@@ -101,6 +104,7 @@ def tensors_of(micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[
             {
                 "samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions, "fillers": batch.fillers,
                 "contrast": contrast, "contrasted": batch.contrasted,
+                "merges": batch.merges,
             }
         )  # fmt: skip
     # cloned: samples of one batch may share memory, which safetensors refuses
@@ -122,7 +126,10 @@ def batches_of(tensors: Mapping[str, Tensor], described: Sequence[Mapping]) -> l
             parts = {name.removeprefix(begin): value for name, value in tensors.items() if name.startswith(begin)}
             (contrast,) = batches_of(parts, [contrast])
         # what is absent was written before there were any
-        further = {"fillers": batch.get("fillers", 0), "contrast": contrast, "contrasted": batch.get("contrasted", [])}
+        further = {
+            "fillers": batch.get("fillers", 0), "merges": batch.get("merges", []), "contrast": contrast,
+            "contrasted": batch.get("contrasted", []),
+        }  # fmt: skip
         kinds = tensors[f"{number}/kinds"]
         batches.append(Batch(inputs, kinds, batch["tasks"], batch["samples"], regions, **further))
     return batches

@@ -29,7 +29,7 @@ from PIL import Image
 from vlmtune import __version__
 from vlmtune.data.coordinates import Coordinates, box_row
 from vlmtune.data.feature_store import FeatureStore
-from vlmtune.data.pictures import Pictures, ProcessedImages
+from vlmtune.data.pictures import Budget, Pictures, ProcessedImages
 from vlmtune.data.regions import regions_of, require_mask_sizes
 from vlmtune.data.tokenise import Piece, PieceTokeniser, Place, split_at_boxes
 from vlmtune.types import (
@@ -75,6 +75,11 @@ class Encoder:
         self.coordinates = coordinates
         self.max_length, self.reads_regions = max_length, reads_regions
         self.pictures = Pictures(processor, max_pixels_per_sample)
+        if reads_regions and self.pictures.merges:
+            raise VlmtuneError(
+                "data.complexity merges image tokens of this model, but loss.boxes and loss.referring look at all of "
+                "them; leave one of the two out."
+            )
         self._store: FeatureStore | None = None
         _require_tokens(self.tokenizer, coordinates)
         self.image_token_ids = {int(i) for i in processor.image_token_ids if i is not None}
@@ -138,12 +143,19 @@ class Encoder:
         return looking
 
     def count(self, sample: Sample) -> int:
-        """Tokens of `encode(sample)`, images included, without decoding one: their sizes stand in file headers."""
+        """Tokens of `encode(sample)`, images included, without decoding one, unless a rule of complexity asks for it:
+        their sizes stand in file headers."""
         images = self.pictures.measure(sample.images, sample.max_pixels, _where(sample))
         ids, _ = self._tokens_of(sample, sample.turns, images, prompt=False)
         if self.reads_regions:
             require_mask_sizes(sample, images.geometry, _where(sample))
         return len(ids)
+
+    def budgets(self, sample: Sample) -> list[Budget]:
+        """What the rule of complexity makes of each image of a sample; nothing without one."""
+        if self.pictures.rule is None:
+            return []
+        return self.pictures.budgets(sample.images, sample.max_pixels, _where(sample))
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The conversation up to the last reply, ending in the generation prompt: what the model sees at inference."""
@@ -222,6 +234,7 @@ class Encoder:
             origin=sample.origin,
             regions=regions,
             images=images.images,
+            merges=images.merges,
         )
 
     def _tokens_of(

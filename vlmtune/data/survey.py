@@ -1,9 +1,9 @@
 """How long every sample is, and what the context window does to it: decided before training (SPEC A6, G1, G2).
 
-Nothing is decoded: image sizes come from file headers. Only where bad rows are to be left out (data.on_bad_row: drop)
-is every image decoded and every row encoded, because otherwise training would meet them. The result is kept in the
-cache under the content of the data file and everything that changes a length, so a resumed run, and the next one, do
-not count again.
+Nothing is decoded: image sizes come from file headers. Only where pixels decide (data.complexity) is every image
+decoded, and only where bad rows are to be left out (data.on_bad_row: drop) is every row encoded as well, because
+otherwise training would meet them. The result is kept in the cache under the content of the data file and everything
+that changes a length, so a resumed run, and the next one, do not count again.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from PIL import Image
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.generate import generation_config
+from vlmtune.models.merging import model_inputs
 from vlmtune.optim.precision import Precision, autocast
 from vlmtune.types import ImageRef, Sample, Text, Turn, VlmtuneError
 
@@ -73,7 +74,7 @@ def run_case(model: torch.nn.Module, encoder: Encoder, case: Case, precision: Pr
         batch = collate([prompt], encoder.pad_token_id, side="left").to(device)
         config = generation_config(encoder, NEW_TOKENS, output_logits=True, return_dict_in_generate=True)
         with torch.inference_mode(), autocast(precision, device):
-            out = model.generate(**batch.inputs, generation_config=config)
+            out = model.generate(**model_inputs(model, batch), generation_config=config)
     except VlmtuneError as error:
         return Outcome(case.name, "refused", str(error))
     except Exception as error:  # transformers, Pillow and torch raise whatever the input leads to

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
+from vlmtune.models.merging import model_inputs
 from vlmtune.shards import forward_only
 from vlmtune.types import Encoded, Sample
 
@@ -37,7 +38,7 @@ def generate(
         chosen = order[start : start + batch_size]
         batch = collate([prompts[i] for i in chosen], encoder.pad_token_id, side="left").to(model.device)
         with forward_only(model):
-            out = model.generate(**batch.inputs, generation_config=config)
+            out = model.generate(**model_inputs(model, batch), generation_config=config)
         width = batch.inputs["input_ids"].shape[1]
         for i, ids in zip(chosen, out[:, width:].tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in stops), None)

@@ -12,6 +12,7 @@ import torch
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.evaluate.generate import generation_config
+from vlmtune.models.merging import model_inputs
 from vlmtune.optim.precision import Precision, autocast
 from vlmtune.types import Sample
 
@@ -42,9 +43,10 @@ def measure_speed(model: torch.nn.Module, encoder: Encoder, samples: Sequence[Sa
             prompt = encoder.encode_prompt(sample)
             batch = collate([prompt], encoder.pad_token_id, side="left").to(device)
             ready = _now(device)
-            model.generate(**batch.inputs, generation_config=generation_config(encoder, 1, 1))
+            model.generate(**model_inputs(model, batch), generation_config=generation_config(encoder, 1, 1))
             first = _now(device)
-            model.generate(**batch.inputs, generation_config=generation_config(encoder, 1 + TOKENS, 1 + TOKENS))
+            longer = generation_config(encoder, 1 + TOKENS, 1 + TOKENS)
+            model.generate(**model_inputs(model, batch), generation_config=longer)
             last = _now(device)
             decoding = max((last - first) - (first - ready), 1e-9)
             timed.append((ready - began, first - ready, TOKENS / decoding, len(prompt)))

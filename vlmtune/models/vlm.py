@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlmtune.models.anatomy import anatomy_of
 from vlmtune.models.batchnorm import keeps_statistics
 from vlmtune.models.last_block import READ_ROWS
+from vlmtune.models.merging import model_inputs
 from vlmtune.models.packing import PackedRow, is_packing, pack, packed_forward
 from vlmtune.models.trunk import CachedVision
 from vlmtune.shards import fold, run_body
@@ -79,6 +80,7 @@ class VLM(nn.Module):
         inputs = batch.inputs if read is None else batch.inputs | {"input_ids": read}
         if batch.images:
             inputs = inputs | self.vision.inputs(batch.images)
+        inputs = model_inputs(self.model, batch, inputs)
         packed = pack(self.model, inputs) if is_packing(self.model) else None
         kinds = batch.kinds[:, 1:]
         weights = supervised_mask(kinds).float() if kind_weights is None else token_weights(kinds, kind_weights)

@@ -18,10 +18,10 @@ VOCABULARY = 395  # of the tiny llava's tokenizer
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_folder, tmp_path_factory):
+def batch(tiny_folder, tmp_path_factory):
     encoder = encoder_of(tiny_folder("llava"))
     assert len(encoder.processor.tokenizer) <= VOCABULARY + 5
-    return micro_batches(encoder, encode_all(encoder, write_data(tmp_path_factory.mktemp("rows"), 4)), 4)[0].inputs
+    return micro_batches(encoder, encode_all(encoder, write_data(tmp_path_factory.mktemp("rows"), 4)), 4)[0]
 
 
 def by_name(findings: list[Finding], part: str) -> Finding:
@@ -30,11 +30,11 @@ def by_name(findings: list[Finding], part: str) -> Finding:
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("pissa", "olora")])
-def test_what_we_make_begins_as_it_should(method, tiny_folder, inputs):
+def test_what_we_make_begins_as_it_should(method, tiny_folder, batch):
     """Only classic prefixes do not start as the base model, and that is said."""
     model, rules = load_for(tiny_folder("llava"), method)
     plan = apply_plan(model, rules, "base", seed=0)
-    findings = initial_findings(model, plan, 390, inputs)
+    findings = initial_findings(model, plan, 390, batch)
     levels = {finding.what: finding.level for finding in findings}
     odd = {what: level for what, level in levels.items() if level != "pass"}
     if method == "prefix_plain":
@@ -50,11 +50,11 @@ def lora(tiny_folder):
     return model, apply_plan(model, rules_for(model, "lora"), "base", seed=0)
 
 
-def test_an_output_that_is_not_zero(lora, inputs):
+def test_an_output_that_is_not_zero(lora, batch):
     model, plan = lora
     with torch.no_grad():
         plan.parameters["language.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = 0.5
-    findings = initial_findings(model, plan, 390, inputs)
+    findings = initial_findings(model, plan, 390, batch)
     wrong = by_name(findings, "start at zero")
     assert (
         wrong.level == "fail" and "language.layers.1.mlp.up_proj.lora_B" in wrong.evidence and "0.5" in wrong.evidence
