@@ -31,6 +31,7 @@ from vlmtune.build_loss import build_objective
 from vlmtune.checks.before import batchnorm_findings
 from vlmtune.checks.settings import Course, settings_findings
 from vlmtune.config import Config
+from vlmtune.data.active import ActiveOrder
 from vlmtune.data.batch import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.filler import encode_filler
@@ -156,6 +157,8 @@ def prepare(
     for line in formats:
         console.print(line, highlight=False, markup=False)
     steps = build_steps(config, sources, weights, encoder, settings.total_steps)
+    if isinstance(steps.order, ActiveOrder):
+        console.print(steps.order.described(), highlight=False, markup=False)
     share = _share_of(processes, sources, fitted.of_train)
     if parts is None:  # else all processes look at the same samples until the first step
         steps.share = share

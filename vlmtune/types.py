@@ -277,7 +277,8 @@ class Batch:
     inputs: keyword arguments of the model's forward (input_ids int64[B, T], attention_mask int64[B, T], pixels …);
     kinds int8[B, T] with `Kind.PADDING` where there is no token; regions: (row, region), where read-outs look; images:
     of all samples in order, in place of pixels among the inputs, where features of the tower are kept; fillers: how
-    many rows at the end are no samples, and only have the vision tower run.
+    many rows at the end are no samples, and only have the vision tower run; numbers: of every sample in the run, where
+    somebody asks for the loss of each.
     """
 
     inputs: dict[str, Tensor]
@@ -287,6 +288,7 @@ class Batch:
     regions: list[tuple[int, Region]] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)
     fillers: int = 0
+    numbers: list[int] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -298,7 +300,7 @@ class Batch:
         regions = [(row, region.to(device)) for row, region in self.regions]
         images = [image.to(device) for image in self.images]
         kinds = self.kinds.to(device, non_blocking=True)
-        return Batch(inputs, kinds, self.tasks, self.sample_ids, regions, images, self.fillers)
+        return Batch(inputs, kinds, self.tasks, self.sample_ids, regions, images, self.fillers, self.numbers)
 
 
 def supervised_mask(kinds: Tensor) -> Tensor:

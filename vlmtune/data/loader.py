@@ -46,7 +46,7 @@ class Steps(Dataset):
     """`steps[n]` is the list of micro-batches of optimizer step n; it depends on nothing but n.
 
     share: of one of several processes (None: there is only one); filler: joins micro-batches without an image, where
-    the vision tower has to run in all processes at once.
+    the vision tower has to run in all processes at once; numbered: batches know which samples of the run they have.
     """
 
     def __init__(
@@ -58,8 +58,9 @@ class Steps(Dataset):
         room: Room,
         share: Share | None = None,
         filler: Encoded | None = None,
+        numbered: bool = False,
     ):
-        self.sources, self.order, self.encoder = sources, order, encoder
+        self.sources, self.order, self.encoder, self.numbered = sources, order, encoder, numbered
         self.batch_size, self.room, self.share, self.filler = batch_size, room, share, filler
 
     def __len__(self) -> int:
@@ -69,19 +70,23 @@ class Steps(Dataset):
         try:
             first = step * self.batch_size
             samples = [self.order[k] for k in range(first, first + self.batch_size)]
-            mine = samples if self.share is None else self.share.of(samples)
-            encoded = [self.encoder.encode(self.sources[source][row]) for source, row in mine]
+            mine = range(self.batch_size) if self.share is None else self.share.of(samples)
+            encoded = [(first + n, self.encoder.encode(self.sources[samples[n][0]][samples[n][1]])) for n in mine]
         except VlmtuneError as error:
             return error  # a worker would wrap it in a traceback; the loader raises it in the main process
         # like lengths share a micro-batch: less padding, same gradient, since a step sums over all of its samples
-        encoded.sort(key=lambda sample: len(sample.ids))
-        together = self.room.split([len(sample) for sample in encoded])
+        encoded.sort(key=lambda pair: len(pair[1].ids))
+        together = self.room.split([len(sample) for _, sample in encoded])
         return [self._collated(encoded[part]) for part in together]
 
-    def _collated(self, samples: list[Encoded]) -> Batch:
+    def _collated(self, numbered: list[tuple[int, Encoded]]) -> Batch:
+        samples = [sample for _, sample in numbered]
         if self.filler is None or any(sample.pixels or sample.images for sample in samples):
-            return collate(samples, self.encoder.pad_token_id)
-        return collate([*samples, self.filler], self.encoder.pad_token_id, fillers=1)
+            batch = collate(samples, self.encoder.pad_token_id)
+        else:
+            batch = collate([*samples, self.filler], self.encoder.pad_token_id, fillers=1)
+        batch.numbers = [number for number, _ in numbered] if self.numbered else []
+        return batch
 
 
 def start_worker(worker: int) -> None:

@@ -15,14 +15,13 @@ class Share:
     size: int
     lengths: Sequence[Callable[[int], int] | None]
 
-    def of(self, samples: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """samples: (source, row) of a whole step, at least as many as processes. A pure function, the same in all of
-        them: nobody has to say who takes what."""
+    def of(self, samples: Sequence[tuple[int, int]]) -> list[int]:
+        """Places of its own among the samples of a whole step. samples: (source, row), at least as many as processes.
+        A pure function, the same in all of them: nobody has to say who takes what."""
         costs = [None if (length := self.lengths[source]) is None else length(row) for source, row in samples]
         known = [cost for cost in costs if cost is not None]
         usual = sum(known) / len(known) if known else 1
-        dealt = deal([usual if cost is None else cost for cost in costs], self.size)
-        return [samples[n] for n in dealt[self.rank]]
+        return deal([usual if cost is None else cost for cost in costs], self.size)[self.rank]
 
 
 def deal(costs: Sequence[float], size: int) -> list[list[int]]:
