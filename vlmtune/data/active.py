@@ -26,7 +26,8 @@ SEEDED = 0x11  # tells its random numbers from those of other orders
 HARDEST = 0.1  # part of the rows whose share of the draws is told
 
 FEWEST_SEEN = 3  # stretches that had a row before it can be suspected
-FALLEN = 0.9  # of its first loss: a last one above it has not fallen
+STUCK, SLOW = 0.9, 0.5  # of its first loss: above it has not fallen; has fallen little, where others have fallen more
+LEARNERS = 0.25  # part of the rows that began as high, which have to be below `SLOW` before others count as slow
 FAR = 3.0  # scaled deviations above the median of its group
 TO_SIGMA = 1.4826  # of a normal distribution, by its median absolute deviation
 
@@ -93,15 +94,29 @@ class Records:
         return np.where(seen, own, means[group])
 
     def suspects(self, group: np.ndarray) -> np.ndarray:
-        """bool[N]: rows whose loss has not fallen over `FEWEST_SEEN` stretches, while it is far above its group."""
-        stuck = (self.seen >= FEWEST_SEEN) & (self.last > FALLEN * self.first) & (self.running > FALLEN * self.first)
+        """bool[N]: rows that were seen in `FEWEST_SEEN` stretches or more, whose loss is far above that of their group
+        and has not fallen: by a tenth at most, or by half at most where a quarter of those that began far above their
+        group have fallen further. What is merely hard falls because its like is trained on; a wrong label falls by its
+        own updates alone, which takes longer.
+        """
+        often = self.seen >= FEWEST_SEEN
+        candidates = often & (self.last > SLOW * self.first) & (self.last > KNOWN)
         found = np.zeros(len(group), np.bool_)
-        for number in np.unique(group[stuck]):
-            losses = self.last[(group == number) & (self.seen > 0)]
-            middle = np.median(losses)
-            spread = TO_SIGMA * np.median(np.abs(losses - middle))
-            found |= stuck & (group == number) & (self.last > middle + FAR * spread)
+        for number in np.unique(group[candidates]):
+            rows = np.flatnonzero((group == number) & (self.seen > 0))
+            first, last = self.first[rows], self.last[rows]
+            part = np.divide(last, first, out=np.ones_like(last), where=first > 0)
+            hard = often[rows] & _is_far(first)
+            others_fell = hard.any() and np.quantile(part[hard], LEARNERS) < SLOW
+            found[rows] = candidates[rows] & _is_far(last) & (part > (SLOW if others_fell else STUCK))
         return found
+
+
+def _is_far(losses: np.ndarray) -> np.ndarray:
+    """bool[m]: far above the median of these, and above what a known token has."""
+    middle = np.median(losses)
+    spread = TO_SIGMA * np.median(np.abs(losses - middle))
+    return (losses > middle + FAR * spread) & (losses > KNOWN)
 
 
 def shares(difficulty: np.ndarray, floor: float) -> np.ndarray:
