@@ -25,7 +25,7 @@ SMALL = 0.1  # difficulty by accuracy of a row that is known; of one that is not
 SEEDED = 0x11  # tells its random numbers from those of other orders
 HARDEST = 0.1  # part of the rows whose share of the draws is told
 
-FEWEST_SEEN = 3  # stretches that had a row before it can be suspected
+FEWEST_SEEN, APART = 3, 4  # stretches that had a row before it can be suspected; from the first to the last of them
 STUCK, SLOW = 0.9, 0.5  # of its first loss: above it has not fallen; has fallen little, where others have fallen more
 LEARNERS = 0.25  # part of the rows that began as high, which have to be below `SLOW` before others count as slow
 FAR = 3.0  # scaled deviations above the median of its group
@@ -37,14 +37,15 @@ class Records:
     """What is known of every row; arrays of N.
 
     first, last, running: float32, its loss when it was first and last seen, and a decayed mean; seen: uint8, stretches
-    that had it, 255 at most; stretch: int32, the last of them, -1 for none; known: bool, whether every token was told
-    the last time it was seen; ever: bool, whether it was at any time; forgotten: uint8, how often it was known and then
-    was not (Toneva et al. 2019, arXiv 1812.05159), 255 at most.
+    that had it, 255 at most; begun, stretch: int32, the first and the last of them, -1 for none; known: bool, whether
+    every token was told the last time it was seen; ever: bool, whether it was at any time; forgotten: uint8, how often
+    it was known and then was not (Toneva et al. 2019, arXiv 1812.05159), 255 at most.
     """
 
     first: np.ndarray
     last: np.ndarray
     running: np.ndarray
+    begun: np.ndarray
     stretch: np.ndarray
     seen: np.ndarray
     forgotten: np.ndarray
@@ -56,7 +57,8 @@ class Records:
         losses = {name: np.zeros(size, np.float32) for name in ("first", "last", "running")}
         counts = {name: np.zeros(size, np.uint8) for name in ("seen", "forgotten")}
         flags = {name: np.zeros(size, np.bool_) for name in ("known", "ever")}
-        return cls(**losses, **counts, **flags, stretch=np.full(size, -1, np.int32))
+        stretches = {name: np.full(size, -1, np.int32) for name in ("begun", "stretch")}
+        return cls(**losses, **counts, **flags, **stretches)
 
     def observe(self, rows: np.ndarray, losses: np.ndarray, known: np.ndarray, stretch: int) -> None:
         """What a step told. rows: int[m]; losses: float64[m]; known: bool[m]. A row that the step had twice counts
@@ -66,6 +68,7 @@ class Records:
         known = np.bincount(of, ~known) == 0
         is_new = self.seen[rows] == 0
         self.first[rows[is_new]] = losses[is_new]
+        self.begun[rows[is_new]] = stretch
         self.last[rows] = losses
         self.running[rows] = np.where(is_new, losses, DECAY * self.running[rows] + (1 - DECAY) * losses)
         self.forgotten[rows] += self.known[rows] & ~known & (self.forgotten[rows] < 255)
@@ -94,12 +97,12 @@ class Records:
         return np.where(seen, own, means[group])
 
     def suspects(self, group: np.ndarray) -> np.ndarray:
-        """bool[N]: rows that were seen in `FEWEST_SEEN` stretches or more, whose loss is far above that of their group
-        and has not fallen: by a tenth at most, or by half at most where a quarter of those that began far above their
-        group have fallen further. What is merely hard falls because its like is trained on; a wrong label falls by its
-        own updates alone, which takes longer.
+        """bool[N]: rows that were seen in `FEWEST_SEEN` stretches or more, `APART` from the first to the last, whose
+        loss is far above that of their group and has not fallen: by a tenth at most, or by half at most where a quarter
+        of those that began far above their group have fallen further. What is merely hard falls because its like is
+        trained on, given time; a wrong label falls by its own updates alone.
         """
-        often = self.seen >= FEWEST_SEEN
+        often = (self.seen >= FEWEST_SEEN) & (self.stretch - self.begun >= APART)
         candidates = often & (self.last > SLOW * self.first) & (self.last > KNOWN)
         found = np.zeros(len(group), np.bool_)
         for number in np.unique(group[candidates]):

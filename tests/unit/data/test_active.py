@@ -195,7 +195,7 @@ def test_wrong_labels_are_suspected_and_hard_samples_are_not(noise):
     wrong = rng.random(size) < noise
     hard = ~wrong & (rng.random(size) < 0.2)
     start = np.where(wrong, rng.uniform(2, 5, size), np.where(hard, rng.uniform(2, 8, size), rng.uniform(0, 0.3, size)))
-    visits = np.zeros(size)
+    visits, late = np.zeros(size), np.zeros(size)
     order = ActiveOrder([["vqa"] * size], 60, 60, seed=1, every=6)
     for k in range(len(order)):
         order.decide(k)
@@ -204,25 +204,26 @@ def test_wrong_labels_are_suspected_and_hard_samples_are_not(noise):
         loss = start[row] * learned * rng.uniform(0.9, 1.1)
         order.observe({}, [(k, loss, loss)])
         visits[row] += 1
+        late[row] += k >= len(order) // 2
     found = np.zeros(size, bool)
     found[[suspect.row for suspect in order.suspects()]] = True
     if noise:
         assert wrong[found].mean() > 0.9 and found[wrong].mean() > 0.7
-        assert visits[wrong].mean() < visits[hard].mean(), "they are not chased"
+        assert np.median(late[wrong]) < np.median(late[hard]), "they are not chased"
     else:
         assert found.sum() <= 0.02 * size
     losses = [suspect.last for suspect in order.suspects()]
     assert losses == sorted(losses, reverse=True) and all(s.seen >= 3 for s in order.suspects())
 
 
-def test_nobody_is_suspected_before_three_stretches_or_below_the_loss_of_a_known_token():
+def test_nobody_is_suspected_before_some_stretches_or_below_the_loss_of_a_known_token():
     group = np.zeros(20, int)
     records = Records.empty(20)
     losses = np.array([0.01] * 18 + [5.0, 0.5])
-    for stretch in (0, 0, 1, 1, 1):
+    for stretch in (0, 0, 1, 1, 2):
         records.observe(np.arange(20), losses, losses < 0.69, stretch)
     assert not records.suspects(group).any()
-    records.observe(np.arange(20), losses, losses < 0.69, 2)
+    records.observe(np.arange(20), losses, losses < 0.69, 4)
     assert np.flatnonzero(records.suspects(group)).tolist() == [18]
-    records.observe(np.array([18]), np.array([1.0]), np.array([False]), 3)
+    records.observe(np.array([18]), np.array([1.0]), np.array([False]), 5)
     assert not records.suspects(group).any(), "it fell after all"
