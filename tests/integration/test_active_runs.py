@@ -110,7 +110,7 @@ def test_a_run_that_goes_back_draws_what_it_drew(rows, write_config, vlmtune, mo
     assert int(last["stretch"].max()) == 3 and torch.isfinite(last["running"]).all()
 
 
-@pytest.mark.slow  # 12 s: three runs, two of them in processes of their own
+@pytest.mark.slow  # 7 s: three processes
 def test_two_processes_draw_what_one_draws(rows, write_config, tmp_path):
     """Both observe the samples of both, so the shares, which follow losses to float32, are the same."""
     told = []
