@@ -225,9 +225,9 @@ class ActiveOrder:
 
     @property
     def told(self) -> dict[str, Any]:
-        """What the newest stretch was drawn by: `difficulty` and `known` (share of the rows that were seen), by task;
-        `hardest`: share of the draws that went to the hardest tenth of the rows; `suspects`: how many there were. Empty
-        before anything was seen."""
+        """What the newest stretch was drawn by: `difficulty`, and of the rows that were seen `known` (their share) and
+        `forgotten` (events per row), by task; `hardest`: share of the draws that went to the hardest tenth of the rows;
+        `suspects`: how many there were. Empty before anything was seen."""
         return {name: value for name, value in self._told.items() if name != "shares"}
 
     def observe(self, losses: Mapping[str, float], samples: Sequence[tuple[int, float, float]]) -> None:
@@ -257,16 +257,20 @@ class ActiveOrder:
         self._told = {"shares": self._by_task(np.bincount(self.group[rows], minlength=len(self.tasks)) / count)}
         seen = self.records.seen > 0
         if seen.any():
-            counts = np.bincount(self.group[seen], minlength=len(self.tasks))
-            known = np.bincount(self.group[seen & self.records.known], minlength=len(self.tasks))
-            sums = np.bincount(self.group, difficulty, minlength=len(self.tasks))
             hardest = np.argsort(-chased, kind="stable")[: max(1, round(HARDEST * len(chased)))]
             self._told |= {
-                "difficulty": self._by_task(sums / np.bincount(self.group, minlength=len(self.tasks))),
-                "known": {task: float(known[n] / counts[n]) for n, task in enumerate(self.tasks) if counts[n]},
+                "difficulty": self._means(difficulty, np.ones_like(seen)),
+                "known": self._means(self.records.known, seen),
+                "forgotten": self._means(self.records.forgotten, seen),
                 "hardest": float(np.isin(rows, hardest).mean()),
                 "suspects": int(suspects.sum()),
             }
+
+    def _means(self, values: np.ndarray, of: np.ndarray) -> dict[str, float]:
+        """Of each task that has rows in `of`. values: number[N]; of: bool[N]."""
+        counts = np.bincount(self.group[of], minlength=len(self.tasks))
+        sums = np.bincount(self.group[of], values[of], minlength=len(self.tasks))
+        return {task: float(sums[n] / counts[n]) for n, task in enumerate(self.tasks) if counts[n]}
 
     def _by_task(self, values: np.ndarray) -> dict[str, float]:
         return dict(zip(self.tasks, values.tolist(), strict=True))

@@ -71,12 +71,13 @@ class Score:
 @dataclass(frozen=True)
 class Shift:
     """Of a task under active sampling, as text, first and last: its share of the samples drawn, the mean difficulty of
-    its rows, the share of them that is known."""
+    its rows, the share of them that is known, how often one was forgotten."""
 
     task: str
     share: tuple[str, str]
     difficulty: tuple[str, str]
     known: tuple[str, str]
+    forgotten: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -312,9 +313,9 @@ def _shifts(train: list[dict]) -> list[Shift]:
     last = told[-1]["sampling"]["difficulty"]
     rows = []
     for task in sorted(last, key=lambda task: (-(last[task] or 0.0), task)):
-        of = {name: [entry["sampling"][name] for entry in told] for name in ("difficulty", "known")}
-        known = pair(of["known"], task, "{:.0%}")
-        rows.append(Shift(task, pair(shared, task, "{:.1%}"), pair(of["difficulty"], task, "{:.3g}"), known))
+        forms = {"difficulty": "{:.3g}", "known": "{:.0%}", "forgotten": "{:.2f}"}
+        of = {name: pair([entry["sampling"][name] for entry in told], task, form) for name, form in forms.items()}
+        rows.append(Shift(task, pair(shared, task, "{:.1%}"), **of))
     return rows
 
 

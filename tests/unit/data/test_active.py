@@ -120,6 +120,7 @@ def test_the_first_stretch_is_uniform_and_later_ones_follow_the_weak_rows():
     assert len(drawn) == 6 and drawn[0, 2] > 4 * max(others) and min(others) >= 228 * 0.2 / 6 - 6
     assert order.told["difficulty"][A] > order.told["difficulty"][B] and order.shares[A] > 0.7
     assert order.told["known"] == {A: pytest.approx(2 / 3), B: 1.0} and order.told["hardest"] > 0.5
+    assert order.told["forgotten"] == {A: 0.0, B: 0.0} and order.told["suspects"] == 1
 
 
 def test_a_floor_of_one_is_uniform_whatever_was_seen():

@@ -198,9 +198,10 @@ def test_what_was_measured_afterwards_is_shown(tmp_path):
 
 
 def test_what_sampling_shifted_to_and_its_suspects(tmp_path):
-    told = [{}, {"difficulty": {HOSTILE: 2.0, "vqa": 1.0}, "known": {"vqa": 0.25}, "hardest": 0.1, "suspects": 0},
+    told = [{}, {"difficulty": {HOSTILE: 2.0, "vqa": 1.0}, "known": {"vqa": 0.25}, "forgotten": {"vqa": 0.0},
+             "hardest": 0.1, "suspects": 0},
             {"difficulty": {HOSTILE: 1.5, "vqa": 0.5}, "known": {HOSTILE: 0.5, "vqa": 0.75}, "hardest": 0.42,
-             "suspects": 22}]  # fmt: skip
+             "forgotten": {"vqa": 0.125}, "suspects": 22}]  # fmt: skip
     shares = [(0.5, 0.5), (0.6, 0.4), (0.75, 0.25)]
     write_history(
         tmp_path,
@@ -210,7 +211,9 @@ def test_what_sampling_shifted_to_and_its_suspects(tmp_path):
     html = write_page(tmp_path).read_text(encoding="utf-8")
     assert_harmless(html)
     assert "42 % of the newest draws" in html and "50.0% → <b>75.0%</b>" in html and "2 → <b>1.5</b>" in html
-    assert "50% → <b>50%</b>" in html and "25% → <b>75%</b>" in html, "known, first and last that were told"
+    assert "50% → <b>50%</b>" in html and "0.00 → <b>0.12</b>" in html and "25% → <b>75%</b>" in html, (
+        "known, first and last that were told"
+    )
     assert "22 so far; they are listed when the run ends" in html
     row = {"source": HOSTILE, "origin": "a:1", "task": "vqa", "seen": 4, "first_loss": 5.0, "last_loss": 4.5}
     lines = [json.dumps(row | {"id": f"{HOSTILE}{n}", "row": n}) for n in range(22)]
