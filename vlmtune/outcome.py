@@ -89,10 +89,11 @@ def write_suspects(
     if not rows:
         return "sampling: no sample is suspected of a wrong label"
     worst = rows[0]
+    place = f"{worst['source']}, row {worst['row']}, loss {worst['first_loss']:.2f} -> {worst['last_loss']:.2f}"
     return (
-        f"sampling: {len(suspects):,} samples may have wrong labels: their loss stayed far above their task, did not "
-        f"fall, and was not chased; the worst is {worst['id']} ({worst['source']}, row {worst['row']}, loss "
-        f"{worst['first_loss']:.2f} -> {worst['last_loss']:.2f}), {min(len(suspects), MOST_NAMED):,} are in {path}"
+        f"sampling: suspects, whose labels may be wrong: {len(suspects):,}; their loss stayed far above that of their "
+        f"task and did not fall, and they were not chased; the worst is {worst['id']} ({place}), "
+        f"{min(len(suspects), MOST_NAMED):,} are in {path}"
     )
 
 

@@ -178,7 +178,8 @@ def prepare(
             require_no_failure(made.findings, "start")
         is_shared = any(rule.batchnorm == "sync" for rule in config.plan)
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
-        made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
+        drawn = [steps.order.finding()] if isinstance(steps.order, ActiveOrder) else []
+        made.judged.extend([*_judged_settings(config, made, device), *drawn, memory_finding(predictions, device)])
     fold(model)
     return _with_fillers(made, share) if parts is not None else made
 

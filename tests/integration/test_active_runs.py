@@ -43,7 +43,7 @@ def test_a_run_is_drawn_recorded_and_resumed_exactly(rows, write_config, vlmtune
     config = write_config("run", 9, data=data(rows, ACTIVE), checkpoint={"every": 1, "keep": 9, "background": True})
     code, out, err = vlmtune("train", config)
     assert (code, err) == (0, "")
-    assert "sampling: active by loss, 30 % uniform, new shares every 2 steps, 12 rows in 2 tasks" in out
+    assert "sampling: active by loss, 30 % uniform, new shares every 2 steps; 3.0 draws for each of 12 rows" in out
     run = run_of(config)
     history = train_records(run)
     assert history[0]["sampling"] == history[1]["sampling"] == {}
@@ -167,4 +167,4 @@ def test_a_source_without_end_is_refused_and_one_with_a_limit_is_not(write_confi
         config = write_config("run", 3, data={"train": [source], "sampling": sampling, "workers": 0})
         code, out, err = vlmtune("train", config)
         assert code == bool(complaint) and complaint in err.replace("\n", " ") and "Traceback" not in err
-    assert "sampling: active by forgetting, 25 % uniform, new shares every 2 steps, 6 rows in 1 tasks" in out
+    assert "sampling: active by forgetting, 25 % uniform, new shares every 2 steps; 2.0 draws for each of 6 rows" in out

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vlmtune.data.sampling import UNDECIDED
-from vlmtune.errors import VlmtuneError
+from vlmtune.types import Finding, VlmtuneError
 
 Measure = Literal["loss", "accuracy", "forgetting"]
 
@@ -212,11 +212,20 @@ class ActiveOrder:
         return (self._before + np.bincount(sources, minlength=len(self._ends))).tolist()
 
     def described(self) -> str:
-        """One line for the console: "sampling: active by loss, 50 % uniform, new shares every 50 steps"."""
+        """One line for the console: "sampling: active by loss, 50 % uniform, new shares every 50 steps; …"."""
         return (
             f"sampling: active by {self.measure}, {100 * self.floor:.3g} % uniform, new shares every {self.every} "
-            f"steps, {len(self.group):,} rows in {len(self.tasks)} tasks"
+            f"steps; {len(self) / len(self.group):.1f} draws for each of {len(self.group):,} rows"
         )
+
+    def finding(self) -> Finding:
+        """What will be done, and whether it is anything: a run of one stretch never looks at a loss."""
+        evidence = self.described().removeprefix("sampling: ")
+        if len(self) > self._length:
+            return Finding("pass", "sampling", evidence)
+        steps = len(self) * self.every // self._length
+        said = f"{evidence}, but the run has only {steps}: all of it is drawn uniformly"
+        return Finding("warn", "sampling", said, "lower data.sampling.every, or leave active sampling out")
 
     @property
     def shares(self) -> dict[str, float]:

@@ -180,6 +180,12 @@ def test_a_restored_order_goes_on_exactly(measure, cut):
             again.counts(23)
 
 
+def test_a_run_of_one_stretch_is_told_that_it_never_looks():
+    found = order_of(steps=3).finding()
+    assert found.level == "warn" and "the run has only 3: all of it is drawn uniformly" in found.evidence
+    assert order_of(steps=4).finding().level == "pass"
+
+
 def test_a_state_of_other_data_is_refused():
     order = order_of()
     order.decide(0)
