@@ -110,20 +110,21 @@ def test_a_run_that_goes_back_draws_what_it_drew(rows, write_config, vlmtune, mo
     assert int(last["stretch"].max()) == 3 and torch.isfinite(last["running"]).all()
 
 
-@pytest.mark.slow  # 7 s: three processes
+@pytest.mark.slow  # 20 s: five processes
 def test_two_processes_draw_what_one_draws(rows, write_config, tmp_path):
-    """Both observe the samples of both, so the shares, which follow losses to float32, are the same."""
+    """Both observe the samples of both, so the shares, which follow losses to float32, are the same; also where each
+    holds a part of the model, and fillers, which are no samples, join its micro-batches."""
     told = []
-    for size in (1, 2):
-        config = write_config(f"of{size}", 6, data=data(rows, ACTIVE))
-        said = train_together(size, tmp_path / f"said{size}", config)
+    for size, shard in ((1, False), (2, False), (2, True)):
+        name, train = f"of{size}{shard}", {"length": 6, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
+        config = write_config(name, 6, data=data(rows, ACTIVE), train=train | {"log_every": 1, "shard": shard})
+        said = train_together(size, tmp_path / f"said{name}", config)
         assert all(isinstance(summary, dict) for summary in said), said
         run = run_of(config)
-        told.append([(r["task_shares"], r["sources"]) for r in train_records(run)])
         latest = load_file(run / "checkpoints" / "latest" / "sampling.safetensors")
-        told[-1].append(latest["rows"].tolist())
-        told[-1].append(latest["seen"].tolist())
-    assert told[0] == told[1]
+        told.append([(r["task_shares"], r["sources"]) for r in train_records(run)])
+        told[-1] += [latest["rows"].tolist(), latest["seen"].tolist(), latest["known"].tolist()]
+    assert told[0] == told[1] == told[2]
 
 
 def test_every_process_observes_the_samples_of_all(rows, tmp_path):
