@@ -18,6 +18,7 @@ from vlmtune.adapt.storage import loads_in_file_format, wanted_quantisation
 from vlmtune.build_course import policies
 from vlmtune.build_loss import build_contrast, wanted_readouts
 from vlmtune.config import EXPORTED, INHERIT, Config, Data, Source
+from vlmtune.data.active import ActiveOrder
 from vlmtune.data.complexity_rule import rule_of, set_rule
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import coordinates
@@ -397,7 +398,10 @@ def build_steps(
     order = build_order(config, sources, weights, steps)
     wish = config.train
     room = Room(wish.samples_per_forward, wish.micro_batch_tokens)
-    return Steps(sources, order, encoder, wish.batch_size, room, contrast=build_contrast(config))
+    return Steps(
+        sources, order, encoder, wish.batch_size, room, contrast=build_contrast(config),
+        numbered=isinstance(order, ActiveOrder),
+    )  # fmt: skip
 
 
 def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequence[Piecewise], steps: int) -> Order:
@@ -406,6 +410,8 @@ def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequen
     sizes = [source.size for source in sources]
     if wish.by == "weights":
         return Mixture(sizes, weights, steps * batch, seed)
+    if wish.by == "active":
+        return _active_order(config, sources, steps)
     pools = pools_of([source.tasks() for source in sources], sizes)
     if wish.by == "every_task":
         return every_task(pools, steps, batch, seed)
@@ -413,6 +419,20 @@ def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequen
         return grouped(pools, steps, batch, seed)
     temperature = 1.0 if wish.temperature is None else wish.temperature
     return TemperatureOrder(pools, steps, batch, seed, temperature, wish.every or 50)
+
+
+def _active_order(config: Config, sources: Sequence[SampleSource], steps: int) -> ActiveOrder:
+    endless = [source.name for source in sources if source.size is None]
+    if endless:
+        raise VlmtuneError(
+            f"data.sampling active: {', '.join(endless)} has no end, so no sample of it comes twice; give it a limit, "
+            "or sample by temperature, which follows the losses of tasks."
+        )
+    wish = config.data.sampling
+    return ActiveOrder(
+        [source.tasks() for source in sources], steps, config.train.batch_size, config.train.seed,
+        wish.measure or "loss", wish.every or 50, wish.floor or 0.5,
+    )  # fmt: skip
 
 
 def step_loader(steps: Steps, workers: int):

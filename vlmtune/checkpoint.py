@@ -5,6 +5,7 @@
       adapter/                adapters in peft's own format, further ones in folders of their names (absent without)
       plan.json               what trained, and how: for people, and for the comparison when it is loaded
       optimizer.safetensors   AdamW state by parameter name
+      sampling.safetensors    what active sampling remembers of every row (absent without)
       probe.safetensors       three samples; their losses stand in state.json and are measured again on load
       history.jsonl           what the run had recorded until then
       state.json              step, samples seen, RNG, config fingerprint, versions, new tokens, digests of all files
@@ -46,6 +47,7 @@ from vlmtune.tensor_file import fill_in, lay_out, pieces_of, read_tensors
 from vlmtune.types import VlmtuneError
 
 FORMAT = 1
+SAMPLING = "sampling.safetensors"
 VERSIONED = ("torch", "transformers", "peft", "safetensors")
 OTHER = "name another checkpoint, or delete this folder and the run continues from the one before"
 NO_NEW_TOKENS = {"first": 0, "texts": []}  # of checkpoints written before there were any
@@ -102,8 +104,8 @@ class Draft:
 
     objective: what it learns is saved; writers: of a model in parts all processes make one, and each writes the rows it
     holds; copies: of all tensors are made at once, on the host, so that training may go on while another thread calls
-    `rows` and `rest`. Each raises VlmtuneError where it cannot be written (a full disk, a quota): after `discard`
-    nothing of it is left, and all earlier checkpoints are as they were.
+    `rows` and `rest`; sampling: tensors of what draws the samples. Each raises VlmtuneError where it cannot be written
+    (a full disk, a quota): after `discard` nothing of it is left, and all earlier checkpoints are as they were.
     """
 
     def __init__(
@@ -118,12 +120,15 @@ class Draft:
         recorded: Recorded | None = None,
         writers: Processes = ALONE,
         copies: bool = False,
+        sampling: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ):
         self.folder, self.writers, self.writes_all = folder, writers, writers.is_first
         of_first = writers.gather("a checkpoint", os.getpid())[0]
         self._path = folder.with_name(f".{folder.name}.{of_first}.tmp")
         full, adapters = trained_state(model, plan)
         files = {"trained.safetensors": full, "optimizer.safetensors": optimizer_tensors(optimizer)}
+        if sampling:
+            files[SAMPLING] = sampling
         self._described: dict[str, Any] = {}
         try:
             with writers.agreed("room for a checkpoint"), _explained(folder):
@@ -282,12 +287,19 @@ def load_checkpoint(
     return TrainState(**described["state"])
 
 
+def load_sampling(folder: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of each sample; nothing where the sampling remembers none."""
+    return _tensors(folder / SAMPLING) if (folder / SAMPLING).is_file() else {}
+
+
 def copy_weights(checkpoint: Path, folder: Path) -> None:
     """A checkpoint without what only a resume needs (the states of optimizer, loss and random generators, the history),
     and without the stored samples: whoever passes an adapter on does not pass on training data."""
     described = read_state(checkpoint)
     require_whole(checkpoint, described["files"], OTHER)
-    left_out = ("optimizer.safetensors", "objective.safetensors", "history.jsonl", "gradients.jsonl", PROBE_FILE)
+    left_out = (
+        "optimizer.safetensors", "objective.safetensors", SAMPLING, "history.jsonl", "gradients.jsonl", PROBE_FILE,
+    )  # fmt: skip
     described["files"] = {name: digest for name, digest in described["files"].items() if name not in left_out}
     for name in described["files"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

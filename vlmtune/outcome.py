@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import resource
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from vlmtune.data.active import Suspect
+from vlmtune.data.sources import SampleSource
+from vlmtune.data.survey import FittedSource
 from vlmtune.evaluate.evaluation import Evaluation
+from vlmtune.paths import write_text
+
+MOST_NAMED = 1000  # suspects whose rows are read once more for their ids
 
 
 def metrics_table(metrics: dict) -> Table:
@@ -57,6 +66,35 @@ def summarise(before: dict | None, after: Evaluation | None, state, total_steps:
         "lr_scale": state.lr_scale,
         "overflows": state.overflows,
     }
+
+
+def write_suspects(
+    path: Path, suspects: Sequence[Suspect], sources: Sequence[SampleSource], names: Sequence[str]
+) -> str:
+    """suspects.jsonl: samples whose loss did not fall, the largest loss first; returns a line for the console.
+
+    names: of the sources. Raises VlmtuneError where a row cannot be read any more.
+    """
+    rows = []
+    for suspect in suspects[:MOST_NAMED]:
+        source = sources[suspect.source]
+        sample = source[suspect.row]
+        rows.append(
+            {"source": names[suspect.source],
+             "row": source.row_of(suspect.row) if isinstance(source, FittedSource) else suspect.row,
+             "id": sample.id, "origin": sample.origin, "task": sample.task, "seen": suspect.seen,
+             "first_loss": suspect.first, "last_loss": suspect.last}
+        )  # fmt: skip
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if not rows:
+        return "sampling: no sample is suspected of a wrong label"
+    worst = rows[0]
+    place = f"{worst['source']}, row {worst['row']}, loss {worst['first_loss']:.2f} -> {worst['last_loss']:.2f}"
+    return (
+        f"sampling: suspects, whose labels may be wrong: {len(suspects):,}; their loss stayed far above that of their "
+        f"task and did not fall, and they were not chased; the worst is {worst['id']} ({place}), "
+        f"{min(len(suspects), MOST_NAMED):,} are in {path}"
+    )
 
 
 def peak_memory() -> int:

@@ -31,6 +31,7 @@ from vlmtune.build_loss import build_objective
 from vlmtune.checks.before import batchnorm_findings
 from vlmtune.checks.settings import Course, settings_findings
 from vlmtune.config import Config
+from vlmtune.data.active import ActiveOrder
 from vlmtune.data.batch import collate, with_contrast
 from vlmtune.data.encode import Encoder
 from vlmtune.data.filler import encode_filler
@@ -160,12 +161,14 @@ def prepare(
     fewer = None if encoder.pictures.rule is None else _complexity_finding(steps)
     if fewer is not None:
         console.print(fewer.evidence, highlight=False, markup=False)
+    if isinstance(steps.order, ActiveOrder):
+        console.print(steps.order.described(), highlight=False, markup=False)
     share = _share_of(processes, sources, fitted.of_train)
     if parts is None:  # else all processes look at the same samples until the first step
         steps.share = share
     batches = first_micro_batches(steps)
     if objective.consistency is not None:
-        _require_pairs(config, objective, batches)
+        _require_pairs(config, objective, batches, processes)
     findings += check_start(model, plan, batches[0], precision) if check else []
     findings += start_fast(model, plan, config.train.fused, config.train.packing, batches[-1], precision, check)
     if is_packing(model):
@@ -181,7 +184,8 @@ def prepare(
             require_no_failure(made.findings, "start")
         is_shared = any(rule.batchnorm == "sync" for rule in config.plan)
         made.findings.extend(batchnorm_findings(model, plan, batches, is_shared))
-        made.judged.extend([*_judged_settings(config, made, device), memory_finding(predictions, device)])
+        drawn = [steps.order.finding()] if isinstance(steps.order, ActiveOrder) else []
+        made.judged.extend([*_judged_settings(config, made, device), *drawn, memory_finding(predictions, device)])
         made.judged.extend([] if fewer is None else [fewer])
     fold(model)
     return _with_fillers(made, share) if parts is not None else made
@@ -261,14 +265,18 @@ def _require_something_to_recompute(config: Config, plan: Plan) -> None:
         )
 
 
-def _require_pairs(config: Config, objective: Objective, batches: Sequence[Batch]) -> None:
-    """Raise VlmtuneError where no sample of the first step is read with another picture, and where that cannot be."""
+def _require_pairs(config: Config, objective: Objective, batches: Sequence[Batch], processes: Processes) -> None:
+    """Raise VlmtuneError where no sample of the first step is read with another picture, and where that cannot be.
+
+    batches: of that step, this process's.
+    """
     if any(rule.batchnorm == "sync" for rule in config.plan):
         raise VlmtuneError(
             "loss.consistency runs the tower over pictures besides those of the step, which batchnorm: sync normalises "
             "together; say batchnorm: frozen."
         )
-    found, samples = sum(len(batch.contrasted) for batch in batches), sum(batch.size for batch in batches)
+    own = sum(len(batch.contrasted) for batch in batches), sum(batch.size for batch in batches)
+    found, samples = map(sum, zip(*processes.gather("pairs of pictures", own), strict=True))
     if not found and objective.consistency.weight(0.0) > 0:
         raise VlmtuneError(
             f"loss.consistency: none of the {samples} samples of the first step can be read with another picture: they "

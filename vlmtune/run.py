@@ -1,7 +1,7 @@
 """`vlmtune train`: one run folder from a config, resumable at any moment.
 
 runs/NAME/ config.yaml environment.json assignment.json data.json start.json memory.json history.jsonl dropped.jsonl
-           changed.jsonl report.html summary.json samples.json tensorboard/
+           changed.jsonl suspects.jsonl report.html summary.json samples.json tensorboard/
            checkpoints/step_000100 checkpoints/best checkpoints/latest
 """
 
@@ -25,7 +25,7 @@ from rich.console import Console
 
 from vlmtune import __version__
 from vlmtune.adapt.memory import PeakMeter
-from vlmtune.build import best_device, changes, count_samples, fingerprint_tree, step_loader
+from vlmtune.build import best_device, changes, count_samples, fingerprint_tree, source_names, step_loader
 from vlmtune.build_course import build_optimizer, build_recovery, build_tower, lr_scaling, samples_every
 from vlmtune.checkpoint import (
     TrainState,
@@ -37,6 +37,7 @@ from vlmtune.checkpoint import (
 )
 from vlmtune.composition import composition, composition_table, data_record
 from vlmtune.config import Config, differing_keys, dump_config, load_config
+from vlmtune.data.active import ActiveOrder
 from vlmtune.data.loader import Steps
 from vlmtune.data.sampling import TemperatureOrder
 from vlmtune.data.survey import fitted_sample
@@ -50,7 +51,7 @@ from vlmtune.observe.loss_table import loss_table
 from vlmtune.observe.page import write_page
 from vlmtune.observe.token_view import write_token_view
 from vlmtune.observer import Observer
-from vlmtune.outcome import evaluation_record, metrics_table, summarise
+from vlmtune.outcome import evaluation_record, metrics_table, summarise, write_suspects
 from vlmtune.paths import alone_in, require_folder, write_text
 from vlmtune.prepare import Prepared, prepare, probe_of
 from vlmtune.probe import require_same_losses
@@ -163,7 +164,7 @@ def _train(
         step_loader(made.steps if cache is None else cache.steps, config.data.workers), made.settings,
         folder / "checkpoints", fingerprint, device, () if own is None else own.observers,
         evaluated if made.groups else None,
-        made.steps.order if isinstance(made.steps.order, TemperatureOrder) else None,
+        made.steps.order if isinstance(made.steps.order, (TemperatureOrder, ActiveOrder)) else None,
         build_recovery(config), probe_of(made.steps),
         () if own is None else (own.history.path, own.history.gradients), stop,
         tower, vision=None if cache is None else cache.vision, processes=processes, filler=made.filler,
@@ -374,6 +375,10 @@ def finish(
     summary = summarise(before, after, state, made.settings.total_steps, by_source(state.samples))
     with processes.agreed("summary"):
         if own is not None:
+            if isinstance(made.steps.order, ActiveOrder):
+                suspects, names = made.steps.order.suspects(), source_names(made.sources)
+                said = write_suspects(folder / "suspects.jsonl", suspects, made.sources, names)
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
             _write_summary(folder, summary, before, after, state, console, own)
     return summary
 

@@ -44,13 +44,15 @@ class TrainingModule(nn.Module):
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Of one optimizer step: what was minimised, the mean of every task, weighted by kind of token and plain, and the
-    means of further terms."""
+    """Of one optimizer step: what was minimised, the mean of every task, weighted by kind of token and plain, the means
+    of further terms, and of every sample its number in the run, its mean and its largest token loss, where somebody
+    asked for that (`Batch.numbers`)."""
 
     total: float
     tasks: dict[str, float]
     plain: dict[str, float]
     terms: dict[str, float]
+    samples: Sequence[tuple[int, float, float]] = ()
 
     @classmethod
     def of(cls, parts: Sequence[Losses]) -> StepLosses:
@@ -66,14 +68,22 @@ class StepLosses:
             ]
         ]
         sums: dict[tuple[str, str], float] = {}
-        values = torch.stack([value for _, value in named]).tolist() if named else []
-        for (key, _), value in zip(named, values, strict=True):
+        asked = [part.samples.reshape(-1) for part in parts if part.samples is not None]
+        values = torch.cat([torch.stack([value for _, value in named]), *asked]).tolist() if named else []
+        for (key, _), value in zip(named, values, strict=False):  # those of samples are behind
             sums[key] = sums.get(key, 0.0) + value
+        samples, begin = [], len(named)
+        for numbers in (part.numbers for part in parts if part.samples is not None):
+            end = begin + 2 * len(numbers)
+            middle = begin + len(numbers)
+            samples += zip(numbers, values[begin:middle], values[middle:end], strict=True)
+            begin = end
         return cls(
             sums.get(("total", ""), 0.0),
             {name: value for (group, name), value in sums.items() if group == "task"},
             {name: value for (group, name), value in sums.items() if group == "plain"},
             {name: value for (group, name), value in sums.items() if group == "term"},
+            samples,
         )
 
     @classmethod
@@ -83,7 +93,9 @@ class StepLosses:
         for part in parts:
             for name, sums in named.items():
                 sums.update(part[name])
-        return cls(sum(part["total"] for part in parts), **{name: dict(sums) for name, sums in named.items()})
+        samples = sorted(tuple(sample) for part in parts for sample in part["samples"])  # alike for any number of them
+        total = sum(part["total"] for part in parts)
+        return cls(total, **{name: dict(sums) for name, sums in named.items()}, samples=samples)
 
 
 @dataclass(frozen=True)

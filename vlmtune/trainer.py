@@ -24,6 +24,7 @@ from vlmtune.checkpoint import (
     checkpoint_name,
     checkpoints,
     load_checkpoint,
+    load_sampling,
     newest_whole_checkpoint,
     point,
     read_state,
@@ -91,12 +92,19 @@ class Settings:
 
 
 class LossDriven(Protocol):
-    """What draws samples by the losses of tasks: it hears of every step, and its history is part of a checkpoint."""
+    """What draws samples by losses: it hears of every step, and its history is part of a checkpoint.
+
+    shares: of tasks, of what is drawn; told: what else is recorded of it; observe: task -> mean loss of a step, and of
+    its samples number, mean and largest token loss (`StepLosses.samples`); state: JSON values, and tensors.
+    """
 
     @property
     def shares(self) -> dict[str, float]: ...
 
-    def observe(self, losses: dict[str, float]) -> None: ...
+    @property
+    def told(self) -> dict[str, Any]: ...
+
+    def observe(self, losses: dict[str, float], samples: Sequence[tuple[int, float, float]]) -> None: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -194,7 +202,7 @@ class Trainer:
             checkpoint, self.model, self.plan, self.optimizer, self.fingerprint, self.module.objective
         )
         if self.sampling is not None:
-            self.sampling.restore(self.state.extra["sampling"])
+            self.sampling.restore(self.state.extra["sampling"] | load_sampling(checkpoint))
         if self.scale is not None and self.state.loss_scale is not None:
             self.scale = LossScale(**self.state.loss_scale)
         patience = self.settings.patience
@@ -361,9 +369,9 @@ class Trainer:
             objective.balance.after_update()
         rows = self.statistics.end(measured) if measured is not None and not overflowed else None
         self._forget_step()
-        shares = {} if self.sampling is None else self.sampling.shares
+        shares, told = ({}, {}) if self.sampling is None else (self.sampling.shares, self.sampling.told)
         if self.sampling is not None:
-            self.sampling.observe(sums.tasks)
+            self.sampling.observe(sums.tasks, sums.samples)
         counted = self._count(micro_batches)
         self.history.append(Past(sums.total, norms, scale, state.step))
         for finding in self.gradients.observe(rows) if rows is not None else ():
@@ -371,7 +379,8 @@ class Trainer:
         return {
             "loss": sums.total, "losses": sums.tasks, "plain": sums.plain, "weights": weights.tasks,
             "supervised": weights.tokens, "coefficients": coefficients,
-            "shares": shares, "terms": sums.terms, "term_counts": weights.counts, "exposure": weights.exposure,
+            "shares": shares, "sampling": told, "terms": sums.terms, "term_counts": weights.counts,
+            "exposure": weights.exposure,
             "norms": norms, "lr": lr, "scale": scale, "statistics": rows, **counted,
         }  # fmt: skip
 
@@ -649,8 +658,10 @@ class Trainer:
 
     def _draft(self, folder: Path, recorded: Recorded | None, copies: bool) -> Draft:
         """recorded: what it holds besides the training."""
+        drawn = {} if self.sampling is None else self.sampling.state()
+        tensors = {name: value for name, value in drawn.items() if isinstance(value, torch.Tensor)}
         if self.sampling is not None:
-            self.state.extra["sampling"] = self.sampling.state()
+            self.state.extra["sampling"] = {name: value for name, value in drawn.items() if name not in tensors}
         self.state.extra |= {name: watch.state() for name, watch in self._watches().items()}
         self.state.loss_scale = None if self.scale is None else dict(vars(self.scale))
         return Draft(
@@ -664,6 +675,7 @@ class Trainer:
             recorded,
             self._writers,
             copies,
+            tensors,
         )
 
     def _watches(self) -> dict[str, Watch]:

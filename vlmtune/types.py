@@ -280,7 +280,8 @@ class Batch:
     of all samples in order, in place of pixels among the inputs, where features of the tower are kept; fillers: how
     many rows at the end are no samples, and only have the vision tower run; merges: of every image in order the side of
     the squares of its tokens that are averaged into one (1: none are), empty where no image's are
-    (`models.merging.model_inputs`); contrast: the rows `contrasted` once more, with pictures that are not theirs.
+    (`models.merging.model_inputs`); contrast: the rows `contrasted` once more, with pictures that are not theirs;
+    numbers: of every sample in the run, where somebody asks for the loss of each.
     """
 
     inputs: dict[str, Tensor]
@@ -293,6 +294,7 @@ class Batch:
     merges: list[int] = field(default_factory=list)
     contrast: Batch | None = None
     contrasted: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     @property
     def size(self) -> int:

@@ -93,18 +93,27 @@ class Source(Strict):
 class Sampling(Strict):
     """Which task every sample of a batch has."""
 
-    by: Literal["weights", "every_task", "grouped", "temperature"] = Field(
-        "weights", description="weights of sources, all tasks in every batch, one task per batch, or by task loss"
+    by: Literal["weights", "every_task", "grouped", "temperature", "active"] = Field(
+        "weights",
+        description="weights of sources, all tasks in every batch, one task per batch, by task loss, or by difficulty",
     )
     temperature: float | None = Field(
         None, ge=0, description="temperature: shares of tasks follow loss^(1/temperature) (default 1)"
     )
-    every: int | None = Field(None, ge=1, description="temperature: steps between two looks at the losses (default 50)")
+    every: int | None = Field(
+        None, ge=1, description="temperature, active: steps between two looks at the losses (default 50)"
+    )
+    measure: Literal["loss", "accuracy", "forgetting"] | None = Field(
+        None, description="active: what makes a sample difficult: loss, accuracy, or forgetting (default loss)"
+    )
+    floor: float | None = Field(None, gt=0, le=1, description="active: share of draws that is uniform (default 0.5)")
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> Sampling:
-        idle = [name for name in ("temperature", "every") if getattr(self, name) is not None]
-        if idle and self.by != "temperature":
+        used = {"temperature": ("temperature", "every"), "active": ("every", "measure", "floor")}.get(self.by, ())
+        given = [name for name in ("temperature", "every", "measure", "floor") if getattr(self, name) is not None]
+        idle = [name for name in given if name not in used]
+        if idle:
             raise ValueError(f"{', '.join(idle)} means nothing with by: {self.by}")
         return self
 
@@ -172,9 +181,10 @@ class Data(Strict):
             raise ValueError(f"system: {INHERIT} means data.system, and this is it; write a name, file:path or a text")
         if self.max_length is None and self.on_overlong != "error":
             raise ValueError(f"on_overlong: {self.on_overlong} needs a max_length")
+        drawn = "rows" if self.sampling.by == "active" else "tasks"
         if self.sampling.by != "weights" and any(source.weight != 1.0 for source in self.train):
-            raise ValueError(f"sampling by {self.sampling.by} draws from tasks; leave out the weights of sources")
+            raise ValueError(f"sampling by {self.sampling.by} draws from {drawn}; leave out the weights of sources")
         ratios = any(source.negatives is not None and source.negatives.ratio is not None for source in self.train)
         if self.sampling.by != "weights" and ratios:
-            raise ValueError(f"sampling by {self.sampling.by} draws from tasks; leave out the ratio of negatives")
+            raise ValueError(f"sampling by {self.sampling.by} draws from {drawn}; leave out the ratio of negatives")
         return self

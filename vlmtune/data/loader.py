@@ -44,11 +44,21 @@ class Room:
         return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
+@dataclass
+class _Read:
+    """number: in the run; other: the sample with other pictures."""
+
+    number: int
+    own: Encoded
+    other: Encoded | None = None
+
+
 class Steps(Dataset):
     """`steps[n]` is the list of micro-batches of optimizer step n; it depends on nothing but n.
 
     share: of one of several processes (None: there is only one); filler: joins micro-batches without an image, where
-    the vision tower has to run in all processes at once; contrast: which samples come with other pictures too.
+    the vision tower has to run in all processes at once; contrast: which samples come with other pictures too;
+    numbered: batches know which samples of the run they have.
     """
 
     def __init__(
@@ -61,8 +71,9 @@ class Steps(Dataset):
         share: Share | None = None,
         filler: Encoded | None = None,
         contrast: Contrast | None = None,
+        numbered: bool = False,
     ):
-        self.sources, self.order, self.encoder = sources, order, encoder
+        self.sources, self.order, self.encoder, self.numbered = sources, order, encoder, numbered
         self.batch_size, self.room, self.share, self.filler = batch_size, room, share, filler
         self.contrast = contrast
 
@@ -75,26 +86,24 @@ class Steps(Dataset):
             samples = [self.order[k] for k in range(first, first + self.batch_size)]
             mine = range(len(samples)) if self.share is None else self.share.of(samples)
             sample_of = cache(lambda number: self.sources[samples[number][0]][samples[number][1]])
-            encoded = [self.encoder.encode(sample_of(number)) for number in mine]
-            others: list[Encoded | None] = [None] * len(encoded)
+            read = [_Read(first + number, self.encoder.encode(sample_of(number))) for number in mine]
             if self.contrast is not None and self.contrast.weight(step / len(self)) > 0:
-                others = [
-                    self.contrast.encode(number, own, sample_of, len(samples), self.encoder)
-                    for number, own in zip(mine, encoded, strict=True)
-                ]
+                for number, one in zip(mine, read, strict=True):
+                    one.other = self.contrast.encode(number, one.own, sample_of, len(samples), self.encoder)
         except VlmtuneError as error:
             return error  # a worker would wrap it in a traceback; the loader raises it in the main process
         # like lengths share a micro-batch: less padding, same gradient, since a step sums over all of its samples
-        order = sorted(range(len(encoded)), key=lambda n: len(encoded[n]))
-        together = self.room.split([len(encoded[n]) for n in order])
-        return [
-            self._collated([encoded[n] for n in order[part]], [others[n] for n in order[part]]) for part in together
-        ]
+        read.sort(key=lambda one: len(one.own))
+        return [self._collated(read[part]) for part in self.room.split([len(one.own) for one in read])]
 
-    def _collated(self, samples: list[Encoded], others: Sequence[Encoded | None]) -> Batch:
+    def _collated(self, read: list[_Read]) -> Batch:
+        samples, pad = [one.own for one in read], self.encoder.pad_token_id
         if self.filler is None or any(sample.pixels or sample.images for sample in samples):
-            return with_contrast(collate(samples, self.encoder.pad_token_id), others, self.encoder.pad_token_id)
-        return collate([*samples, self.filler], self.encoder.pad_token_id, fillers=1)
+            batch = with_contrast(collate(samples, pad), [one.other for one in read], pad)
+        else:
+            batch = collate([*samples, self.filler], pad, fillers=1)
+        batch.numbers = [one.number for one in read] if self.numbered else []
+        return batch
 
 
 def start_worker(worker: int) -> None:

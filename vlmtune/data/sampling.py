@@ -191,8 +191,13 @@ class TemperatureOrder(TaskOrder):
         """task -> its share in the newest stretch."""
         return dict(zip(self.tasks, self._shares[-1], strict=True))
 
-    def observe(self, losses: Mapping[str, float]) -> None:
-        """losses: task -> mean loss, of the tasks of the step that was just made."""
+    @property
+    def told(self) -> dict[str, Any]:
+        """Nothing but the shares is recorded."""
+        return {}
+
+    def observe(self, losses: Mapping[str, float], samples: Sequence[tuple[int, float, float]] = ()) -> None:
+        """losses: task -> mean loss, of the tasks of the step that was just made. Single samples are not asked."""
         for task, loss in losses.items():
             before = self._losses.get(task)
             self._losses[task] = loss if before is None else LOSS_DECAY * before + (1 - LOSS_DECAY) * loss

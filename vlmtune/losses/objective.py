@@ -55,19 +55,22 @@ class Losses:
     """Of one micro-batch. All of it adds up over the micro-batches of a step.
 
     total: what is differentiated; tasks: share in the mean loss of every task, weighted by kind of token, with
-    gradient; plain: the same means without weights, detached; terms: further losses by name, detached.
+    gradient; plain: the same means without weights, detached; terms: further losses by name, detached; samples:
+    float[2, samples], the mean and the largest token loss of each, weights 1, detached (not a number for one without
+    loss), and numbers: which samples of the run they are; nothing where nobody asked (`Batch.numbers`).
     """
 
     total: Tensor
     tasks: dict[str, Tensor]
     plain: dict[str, Tensor]
     terms: dict[str, Tensor] = field(default_factory=dict)
+    samples: Tensor | None = None
+    numbers: Sequence[int] = ()
 
     def detach(self) -> Losses:
         """The same numbers without the graph behind them."""
-        return Losses(
-            self.total.detach(), {task: loss.detach() for task, loss in self.tasks.items()}, self.plain, self.terms
-        )
+        tasks = {task: loss.detach() for task, loss in self.tasks.items()}
+        return replace(self, total=self.total.detach(), tasks=tasks)
 
 
 class Term(Protocol):
@@ -181,4 +184,14 @@ class Objective(nn.Module):
             terms[f"{NAME}/gain"] = gained / step.counts[NAME]
         if readouts is not None:  # a micro-batch without regions reaches the heads too
             total = total + 0.0 * sum(parameter.sum() for parameter in readouts.parameters())
-        return Losses(total, tasks, {name: plain[n] / step.tokens[name] for n, name in enumerate(names)}, terms)
+        plain_tasks = {name: plain[n] / step.tokens[name] for n, name in enumerate(names)}
+        samples = _of_samples(losses.detach(), states.row, batch.size) if batch.numbers else None
+        return Losses(total, tasks, plain_tasks, terms, samples, batch.numbers)
+
+
+def _of_samples(losses: Tensor, row: Tensor, count: int) -> Tensor:
+    """float[2, count]: the mean and the largest of the token losses of each sample; the mean of none is not a number.
+    losses: float[N]; row: int64[N], below count: fillers have no loss. The device is not waited for."""
+    zeros = losses.new_zeros(count)
+    mean = zeros.index_add(0, row, losses) / zeros.index_add(0, row, torch.ones_like(losses))
+    return torch.stack([mean, zeros.scatter_reduce(0, row, losses, "amax")])

@@ -109,6 +109,7 @@ def train_record(state, steps: list[dict[str, Any]]) -> dict[str, Any]:
         "loss_terms": terms.by_task(),
         "task_weights": last["coefficients"],
         "task_shares": last["shares"],
+        "sampling": last.get("sampling", {}),
         "exposure": last["exposure"],
         "lr": last["lr"],
         "lr_scale": state.lr_scale,

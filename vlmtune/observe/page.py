@@ -13,6 +13,7 @@ Read from the run folder, all of them optional, so that a run in progress or a b
 | memory.json | {predicted, measured, at, items: name -> bytes} of a step |
 | history.jsonl | an object per line, kind "train", "eval", "samples", "finding"; of a repeated step the last counts |
 | summary.json | {metrics: {"group/task": {metric: {before, after}}}, train_seconds, steps, samples_per_second, …} |
+| suspects.jsonl | an object per line: {source, row, id, origin, task, seen, first_loss, last_loss} of active sampling |
 | composition.json | list of {source, tasks, rows, samples, share, epochs, tokens, …} |
 | stages.json | of a chain: list of {name, folder, first_step, steps, status, metrics} |
 | samples.json | list of {image, group, task, question, reference, before, after, boxes_…, width, height} |
@@ -48,6 +49,7 @@ from vlmtune.observe.pictures import frame_of, pictures_of
 from vlmtune.types import VlmtuneError
 
 MIB = 2**20
+SUSPECTS_SHOWN = 20
 KINDS = ("train", "eval", "samples", "finding")  # of records in history.jsonl
 
 
@@ -64,6 +66,18 @@ class Score:
     verdict: str  # "better", "worse", "same" or "unknown": also the CSS class
     before_at: float | None
     after_at: float | None
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Of a task under active sampling, as text, first and last: its share of the samples drawn, the mean difficulty of
+    its rows, the share of them that is known, how often one was forgotten."""
+
+    task: str
+    share: tuple[str, str]
+    difficulty: tuple[str, str]
+    known: tuple[str, str]
+    forgotten: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,10 @@ def render_page(run_folder: Path, refresh: Refresh | None = None) -> str:
         at_start=_json(run_folder / "start.json") or [],
         validation=_json(run_folder / "validate.json"),
         alignment=_json(run_folder / "align.json"),
+        shifts=_shifts(train),
+        weak=_last(train, "sampling"),
+        suspects=_lines(run_folder / "suspects.jsonl"),
+        suspects_shown=SUSPECTS_SHOWN,
         composition=_json(run_folder / "composition.json") or [],
         averaged=math.ceil(len(train) / POINTS_PER_LINE),
         assignment=_json(run_folder / "assignment.json") or [],
@@ -267,6 +285,40 @@ def _score(group: str, task: str, metric: str, before: float | None, after: floa
     return Score(group, task, metric, *shown, change, verdict, *at)
 
 
+def _lines(path: Path) -> list[dict]:
+    """Of a file with a JSON object per line, nothing where there is none. Raises VlmtuneError where a line is not."""
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise VlmtuneError(f"{path} is not JSON ({error}); delete it or write it again.") from error
+
+
+def _last(train: list[dict], key: str) -> dict:
+    return next((entry[key] for entry in reversed(train) if entry.get(key)), {})
+
+
+def _shifts(train: list[dict]) -> list[Shift]:
+    """Of active sampling, the most difficult task first; nothing of other runs."""
+    told = [entry for entry in train if entry.get("sampling")]
+    if not told:
+        return []
+    shared = [entry["task_shares"] for entry in train if entry.get("task_shares")]
+
+    def pair(values: list[dict], task: str, form: str) -> tuple[str, str]:
+        found = [value[task] for value in values if value.get(task) is not None]
+        return (form.format(found[0]), form.format(found[-1])) if found else ("–", "–")
+
+    last = told[-1]["sampling"]["difficulty"]
+    rows = []
+    for task in sorted(last, key=lambda task: (-(last[task] or 0.0), task)):
+        forms = {"difficulty": "{:.3g}", "known": "{:.0%}", "forgotten": "{:.2f}"}
+        of = {name: pair([entry["sampling"][name] for entry in told], task, form) for name, form in forms.items()}
+        rows.append(Shift(task, pair(shared, task, "{:.1%}"), **of))
+    return rows
+
+
 def _training_charts(train: list[dict], marks: Sequence[tuple[float, str]]) -> list[Chart]:
     def one(key: str) -> dict[str, list]:
         return {key: [(entry["step"], entry.get(key)) for entry in train]}
@@ -279,12 +331,23 @@ def _training_charts(train: list[dict], marks: Sequence[tuple[float, str]]) -> l
             for label in labels
         }
 
+    def drawn(key: str) -> dict[str, list]:
+        """What active sampling drew by: a number, or one for each task."""
+        told = [(entry["step"], entry["sampling"][key]) for entry in train if entry.get("sampling")]
+        tasks = sorted({task for _, value in told if isinstance(value, dict) for task in value})
+        by_task = {task: [(step, value[task]) for step, value in told if task in value] for task in tasks}
+        return by_task or {key: told}
+
     wanted = [
         ("Training loss", "per supervised token", one("loss")),
         ("Loss by task", "per supervised token", several("loss_by_task")),
         ("Further losses", "means, weighted", several("loss_terms")),
         ("Weight of tasks", "what their mean losses are multiplied with", several("task_weights")),
         ("Share of tasks", "of the samples drawn", several("task_shares")),
+        ("Difficulty of tasks", "mean of their samples", drawn("difficulty")),
+        ("Known samples", "share of those seen, by task", drawn("known")),
+        ("Hardest tenth", "its share of the samples drawn", drawn("hardest")),
+        ("Suspects", "samples whose loss does not fall", drawn("suspects")),
         ("Exposure", "probability per token", one("exposure") if _is_used(train, "exposure") else {}),
         ("Learning rate", "by rule", several("lr")),
         ("Gradient norm", "before clipping", one("norm")),

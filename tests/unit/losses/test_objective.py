@@ -15,6 +15,7 @@ from vlmtune.losses.objective import Objective
 from vlmtune.losses.weights import TokenWeights
 from vlmtune.models.vlm import Supervised
 from vlmtune.schedule import piecewise
+from vlmtune.step import StepLosses
 from vlmtune.types import Batch, Kind, token_weights
 
 R, B, E, U, Q, P, S, M = (
@@ -136,3 +137,27 @@ def test_a_micro_batch_without_loss_still_reaches_every_parameter():
 def test_weights_that_cannot_be_are_refused(weights, complaint):
     with pytest.raises(VlmtuneError, match=re.escape(complaint)):
         TokenWeights({name: piecewise(value) for name, value in weights.items()})
+
+
+def test_the_losses_of_samples_are_told_where_somebody_asks():
+    """Mean and largest of each, weights 1; not a number for one without loss; the total is as without the question."""
+    asked = batch_of([[S, M, Q, R, B, R], [S, Q, U, U, P, P], [S, Q, R, R, P, P]], ["caption", "vqa", "vqa"])
+    head, objective = nn.Linear(5, 7), Objective(TokenWeights({"box": piecewise(2.0)}))
+    step, states = objective.weights([asked, TWO]), states_of(asked, 1, {"box": piecewise(2.0)})
+    without = objective(states, head, asked, step)
+    asked.numbers = [7, 4, 5]
+    found = objective(states, head, asked, step).detach()
+    assert without.samples is None and torch.equal(found.total, without.total)
+    losses = F.cross_entropy(head(states.hidden), states.targets, reduction="none").detach()
+    means, largest = found.samples
+    for row in (0, 2):
+        torch.testing.assert_close(means[row], losses[states.row == row].mean())
+        torch.testing.assert_close(largest[row], losses[states.row == row].max())
+    assert means[1].isnan() and found.numbers == [7, 4, 5]
+
+    other = objective(states_of(TWO, 2), head, TWO, step).detach()  # nobody asked there
+    told = StepLosses.of([found, other])
+    assert [number for number, *_ in told.samples] == [7, 4, 5] and told.samples[2][2] == float(largest[2])
+    assert told.total == pytest.approx(float(found.total + other.total))
+    both = StepLosses.over_all([vars(told), vars(StepLosses.of([other]))])
+    assert [number for number, *_ in both.samples] == [4, 5, 7]

@@ -197,6 +197,35 @@ def test_what_was_measured_afterwards_is_shown(tmp_path):
     assert "probe of vision" in page.text and page.text.count("0.25 → 0.75 0.50–0.88") == 2
 
 
+def test_what_sampling_shifted_to_and_its_suspects(tmp_path):
+    told = [{}, {"difficulty": {HOSTILE: 2.0, "vqa": 1.0}, "known": {"vqa": 0.25}, "forgotten": {"vqa": 0.0},
+             "hardest": 0.1, "suspects": 0},
+            {"difficulty": {HOSTILE: 1.5, "vqa": 0.5}, "known": {HOSTILE: 0.5, "vqa": 0.75}, "hardest": 0.42,
+             "forgotten": {"vqa": 0.125}, "suspects": 22}]  # fmt: skip
+    shares = [(0.5, 0.5), (0.6, 0.4), (0.75, 0.25)]
+    write_history(
+        tmp_path,
+        [train_line(step) | {"sampling": now, "task_shares": {HOSTILE: hard, "vqa": easy}}
+         for step, (now, (hard, easy)) in enumerate(zip(told, shares, strict=True), 1)],
+    )  # fmt: skip
+    html = write_page(tmp_path).read_text(encoding="utf-8")
+    assert_harmless(html)
+    assert "42 % of the newest draws" in html and "50.0% → <b>75.0%</b>" in html and "2 → <b>1.5</b>" in html
+    assert "50% → <b>50%</b>" in html and "0.00 → <b>0.12</b>" in html and "25% → <b>75%</b>" in html, (
+        "known, first and last that were told"
+    )
+    assert "22 so far; they are listed when the run ends" in html
+    row = {"source": HOSTILE, "origin": "a:1", "task": "vqa", "seen": 4, "first_loss": 5.0, "last_loss": 4.5}
+    lines = [json.dumps(row | {"id": f"{HOSTILE}{n}", "row": n}) for n in range(22)]
+    (tmp_path / "suspects.jsonl").write_text("\n".join(lines) + "\n")
+    html = write_page(tmp_path).read_text(encoding="utf-8")
+    assert_harmless(html)
+    assert "The worst 20 of 22" in html and html.count("5.00 → <b>4.50</b>") == 20
+    (tmp_path / "suspects.jsonl").write_text("{torn")
+    with pytest.raises(VlmtuneError, match=r"suspects\.jsonl is not JSON"):
+        write_page(tmp_path)
+
+
 def test_nothing_noticed_is_said(tmp_path):
     (tmp_path / "start.json").write_text(json.dumps([{"level": "pass", "what": "a", "evidence": "b", "remedy": ""}]))
     assert "Nothing was noticed yet." in Elements(write_page(tmp_path).read_text()).text
