@@ -16,7 +16,7 @@ import torch
 from vlmtune.adapt.plan import Policy
 from vlmtune.adapt.storage import loads_in_file_format, wanted_quantisation
 from vlmtune.build_course import policies
-from vlmtune.build_loss import wanted_readouts
+from vlmtune.build_loss import build_contrast, wanted_readouts
 from vlmtune.config import EXPORTED, INHERIT, Config, Data, Source
 from vlmtune.data.active import ActiveOrder
 from vlmtune.data.encode import Encoder
@@ -386,7 +386,10 @@ def build_steps(
     order = build_order(config, sources, weights, steps)
     wish = config.train
     room = Room(wish.samples_per_forward, wish.micro_batch_tokens)
-    return Steps(sources, order, encoder, wish.batch_size, room, numbered=isinstance(order, ActiveOrder))
+    return Steps(
+        sources, order, encoder, wish.batch_size, room, contrast=build_contrast(config),
+        numbered=isinstance(order, ActiveOrder),
+    )  # fmt: skip
 
 
 def build_order(config: Config, sources: Sequence[SampleSource], weights: Sequence[Piecewise], steps: int) -> Order:

@@ -8,11 +8,13 @@ import torch
 
 from vlmtune.adapt.plan import Plan
 from vlmtune.config import BoxTerm, Config
+from vlmtune.data.contrast import Contrast
 from vlmtune.data.encode import Encoder
 from vlmtune.data.grounding import BinTokens
 from vlmtune.data.sources import SampleSource
 from vlmtune.losses.balance import Balance, Fixed, GradNorm, InitialLosses, InverseInitial, Uncertainty
 from vlmtune.losses.boxes import BoxLoss
+from vlmtune.losses.consistency import Consistency
 from vlmtune.losses.exposure import Exposure, ExposureRate
 from vlmtune.losses.objective import Objective, Term
 from vlmtune.losses.referring import HeadBoxLoss, ReferringLoss
@@ -35,8 +37,9 @@ def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan,
     (how boxes are written)."""
     wish = config.loss.balance
     weights = TokenWeights({kind: piecewise(weight) for kind, weight in config.loss.weights.items()})
+    further = _terms(config, encoder), _exposure(config, encoder), _consistency(config)
     if wish.by == "tokens":
-        return Objective(weights, None, _terms(config, encoder), _exposure(config, encoder))
+        return Objective(weights, None, *further)
     tasks = sorted(set().union(*(source.tasks() for source in sources)))
     for name in ("weights", "initial"):
         _require_same_tasks(f"loss.balance.{name}", getattr(wish, name), tasks)
@@ -50,7 +53,7 @@ def build_objective(config: Config, sources: Sequence[SampleSource], plan: Plan,
             balance = Uncertainty(tasks)
         case "gradnorm":
             balance = GradNorm(initial, last_shared_block(plan), 1.5 if wish.alpha is None else wish.alpha)
-    return Objective(weights, balance, _terms(config, encoder), _exposure(config, encoder))
+    return Objective(weights, balance, *further)
 
 
 def _terms(config: Config, encoder: Encoder) -> list[Term]:
@@ -88,6 +91,31 @@ def _exposure(config: Config, encoder: Encoder) -> Exposure | None:
     k = DEFAULT_K[wish.decay] if wish.k is None else wish.k
     rate = ExposureRate(wish.decay, wish.rate, wish.start, k)
     return Exposure(rate, encoder.stop_token_ids() | encoder.image_token_ids)
+
+
+DEFAULT_MARGIN = 0.5
+
+
+def _consistency(config: Config) -> Consistency | None:
+    wish = config.loss.consistency
+    if wish is None:
+        return None
+    margin = DEFAULT_MARGIN if wish.margin is None else wish.margin
+    return Consistency(wish.by, piecewise(wish.weight), margin)
+
+
+def build_contrast(config: Config) -> Contrast | None:
+    """What the consistency loss reads besides the samples. Raises VlmtuneError for steps of one sample, which have no
+    other picture."""
+    wish = config.loss.consistency
+    if wish is None:
+        return None
+    if wish.other == "another" and config.train.batch_size == 1:
+        raise VlmtuneError(
+            "loss.consistency reads the picture of another sample of the step, but train.batch_size is 1; raise it, or "
+            "set loss.consistency.other to blank."
+        )
+    return Contrast(wish.other, None if wish.tasks is None else frozenset(wish.tasks), piecewise(wish.weight))
 
 
 def _require_same_tasks(key: str, named: dict[str, float] | None, tasks: Sequence[str]) -> None:

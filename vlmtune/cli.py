@@ -49,12 +49,11 @@ def train(
     """Train, or continue a run that was interrupted; of a chain of stages, all of them."""
     from vlmtune.config import Chain, load_config, load_run_config
 
-    if nproc is not None and nproc > 1:
-        raise typer.Exit(_start_processes(nproc))
-
     picks = any(override.startswith("stage=") for override in overrides or [])
     load = load_config if picks else load_run_config
-    wish = load(config, overrides or [])  # a wrong config is refused before the heavy imports
+    wish = load(config, overrides or [])  # a wrong config is refused before the heavy imports, and once
+    if nproc is not None and nproc > 1:
+        raise typer.Exit(_start_processes(nproc))
     from vlmtune.processes import joined
     from vlmtune.run import train as run
     from vlmtune.stages import train_chain

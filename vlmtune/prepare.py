@@ -32,7 +32,7 @@ from vlmtune.checks.before import batchnorm_findings
 from vlmtune.checks.settings import Course, settings_findings
 from vlmtune.config import Config
 from vlmtune.data.active import ActiveOrder
-from vlmtune.data.batch import collate
+from vlmtune.data.batch import collate, with_contrast
 from vlmtune.data.encode import Encoder
 from vlmtune.data.filler import encode_filler
 from vlmtune.data.loader import Steps
@@ -163,6 +163,8 @@ def prepare(
     if parts is None:  # else all processes look at the same samples until the first step
         steps.share = share
     batches = first_micro_batches(steps)
+    if objective.consistency is not None:
+        _require_pairs(config, objective, batches)
     findings += check_start(model, plan, batches[0], precision) if check else []
     findings += start_fast(model, plan, config.train.fused, config.train.packing, batches[-1], precision, check)
     if is_packing(model):
@@ -201,6 +203,7 @@ def _is_in_parts(
         f"optim.name: {config.optim.name}": config.optim.name != "adamw",
         "loss.balance gradnorm": config.loss.balance.by == "gradnorm",
         "evaluate.samples_every": config.evaluate.samples_every is not None,
+        "loss.consistency": config.loss.consistency is not None,
     }
     if needed := [name for name, is_needed in needs.items() if is_needed]:
         raise VlmtuneError(
@@ -237,6 +240,22 @@ def _require_something_to_recompute(config: Config, plan: Plan) -> None:
         raise VlmtuneError(
             "train.gradient_checkpointing names vision, but nothing of the vision tower trains, so no activation of it "
             "is kept; leave vision out."
+        )
+
+
+def _require_pairs(config: Config, objective: Objective, batches: Sequence[Batch]) -> None:
+    """Raise VlmtuneError where no sample of the first step is read with another picture, and where that cannot be."""
+    if any(rule.batchnorm == "sync" for rule in config.plan):
+        raise VlmtuneError(
+            "loss.consistency runs the tower over pictures besides those of the step, which batchnorm: sync normalises "
+            "together; say batchnorm: frozen."
+        )
+    found, samples = sum(len(batch.contrasted) for batch in batches), sum(batch.size for batch in batches)
+    if not found and objective.consistency.weight(0.0) > 0:
+        raise VlmtuneError(
+            f"loss.consistency: none of the {samples} samples of the first step can be read with another picture: they "
+            "need images, a task that loss.consistency.tasks names (if any), and for other: another a sample with "
+            "another picture and another reply in the same step."
         )
 
 
@@ -290,7 +309,10 @@ def largest_micro_batch(made: Prepared) -> Batch:
     longest = [sample for _, sample in reversed(found[:size])]
     parts = made.steps.room.split([len(sample) for sample in longest])
     largest = max((longest[part] for part in parts), key=lambda part: sum(map(len, part)))
-    return collate(largest, made.encoder.pad_token_id)
+    batch = collate(largest, made.encoder.pad_token_id)
+    if made.steps.contrast is None:
+        return batch
+    return with_contrast(batch, [sample if sample.geometry else None for sample in largest], made.encoder.pad_token_id)
 
 
 def probe_of(steps: Steps) -> Probe:

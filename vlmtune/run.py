@@ -178,6 +178,8 @@ def _train(
             trainer.resume(checkpoint)
             require_same_losses(checkpoint, read_state(checkpoint), made.model, made.settings.precision)
         console.print(f"continuing from {checkpoint} (step {trainer.state.step})")
+        if trainer.state.step >= made.settings.total_steps or trainer.state.stopped:
+            console.print("this run has finished already: nothing is left to train, and it is evaluated again")
     with ExitStack() as watching:
         if own is not None:
             watching.callback(own.board.close)

@@ -36,7 +36,10 @@ class TrainingModule(nn.Module):
         readouts = readouts_of(self.vlm.model)
         every_state = readouts is not None or len(self.objective.terms) > 0
         states = self.vlm(batch, step.kinds, self.objective.read(self.vlm, batch, step), every_state)
-        return self.objective(states, self.vlm.head, batch, step, readouts)
+        contrast = None
+        if self.objective.reads_contrast(batch, step):
+            contrast = self.vlm(batch.contrast, step.kinds, every_state=False)
+        return self.objective(states, self.vlm.head, batch, step, readouts, contrast)
 
 
 @dataclass(frozen=True)

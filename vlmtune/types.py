@@ -277,8 +277,8 @@ class Batch:
     inputs: keyword arguments of the model's forward (input_ids int64[B, T], attention_mask int64[B, T], pixels …);
     kinds int8[B, T] with `Kind.PADDING` where there is no token; regions: (row, region), where read-outs look; images:
     of all samples in order, in place of pixels among the inputs, where features of the tower are kept; fillers: how
-    many rows at the end are no samples, and only have the vision tower run; numbers: of every sample in the run, where
-    somebody asks for the loss of each.
+    many rows at the end are no samples, and only have the vision tower run; contrast: the rows `contrasted` once more,
+    with pictures that are not theirs; numbers: of every sample in the run, where somebody asks for the loss of each.
     """
 
     inputs: dict[str, Tensor]
@@ -288,6 +288,8 @@ class Batch:
     regions: list[tuple[int, Region]] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)
     fillers: int = 0
+    contrast: Batch | None = None
+    contrasted: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
 
     @property
@@ -300,7 +302,8 @@ class Batch:
         regions = [(row, region.to(device)) for row, region in self.regions]
         images = [image.to(device) for image in self.images]
         kinds = self.kinds.to(device, non_blocking=True)
-        return Batch(inputs, kinds, self.tasks, self.sample_ids, regions, images, self.fillers, self.numbers)
+        contrast = None if self.contrast is None else self.contrast.to(device)
+        return replace(self, inputs=inputs, kinds=kinds, regions=regions, images=images, contrast=contrast)
 
 
 def supervised_mask(kinds: Tensor) -> Tensor:

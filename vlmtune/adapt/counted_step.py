@@ -15,6 +15,7 @@ from vlmtune.adapt.ledger import Ledger, Peak
 from vlmtune.adapt.plan import Plan, Policy, apply_plan, assign_rules
 from vlmtune.adapt.prediction import FIRST_UPDATE, LATER_UPDATE, Prediction, StepSettings
 from vlmtune.adapt.stored import StoredLinear, quantise_base_weights
+from vlmtune.losses.consistency import Consistency
 from vlmtune.losses.objective import Objective, StepWeights
 from vlmtune.models.anatomy import HEADS, anatomy_of, canonical_parameters
 from vlmtune.models.packing import use_packed_attention
@@ -59,10 +60,11 @@ def count_step(
 def _key(config: Any, rules: Rules, batch: Batch, settings: StepSettings, new_tokens: NewTokens) -> str:
     """Of all that decides what a step allocates: integers of a batch by their values, which models ask for."""
     digest = hashlib.sha256()
-    for name, value in {**batch.inputs, "kinds": batch.kinds}.items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        if not value.is_floating_point():
-            digest.update(value.contiguous().numpy().tobytes())
+    for part in [batch] if batch.contrast is None else [batch, batch.contrast]:
+        for name, value in {**part.inputs, "kinds": part.kinds}.items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            if not value.is_floating_point():
+                digest.update(value.contiguous().numpy().tobytes())
     attention = [getattr(part, "_attn_implementation", None) for part in (config, config.get_text_config())]
     plan = [(pattern, replace(policy, lr=0.0)) for pattern, policy in rules]
     digest.update(repr((config.to_dict(), attention, plan, batch.tasks, settings, new_tokens)).encode())
@@ -70,7 +72,8 @@ def _key(config: Any, rules: Rules, batch: Batch, settings: StepSettings, new_to
 
 
 def _count(config: Any, rules: Rules, batch: Batch, settings: StepSettings, new_tokens: NewTokens) -> Prediction:
-    objective = Objective()
+    is_read_twice = batch.contrast is not None
+    objective = Objective(consistency=Consistency("contrast", lambda progress: 1.0) if is_read_twice else None)
     weights = objective.weights([batch])
     ledger = Ledger(settings.device)
     with ledger:
@@ -224,8 +227,11 @@ def _forward_backward(
     ledger.item, ledger.place = "activations language", "forward/language"
     with autocast(settings.precision, CPU):
         states = vlm(batch, weights.kinds, every_state=False)
+        contrast = None
+        if batch.contrast is not None:
+            contrast = vlm(batch.contrast, weights.kinds, every_state=False)
         ledger.item, ledger.place = "loss", "loss"
-        losses = objective(states, vlm.head, batch, weights)
+        losses = objective(states, vlm.head, batch, weights, contrast=contrast)
     saved = {item.removeprefix("activations "): size for item, size in ledger.live.items()
              if size and (item.startswith("activations") or item == "loss")}  # fmt: skip
     ledger.item, ledger.place, watch.backward = "backward", "backward/loss", True

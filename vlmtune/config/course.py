@@ -61,7 +61,7 @@ class Train(Strict):
         False, description="recompute activations in the backward; a list of parts: only of their blocks"
     )
     log_every: int = Field(10, ge=1)
-    shard: Literal["auto"] | bool = Field(
+    shard: Literal["auto", True, False] = Field(
         "auto",
         description="several processes hold a part of the model each (FSDP2); auto: where it is too large for one",
     )

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from vlmtune.config.course import Checkpoint, Evaluate, Optim, Stability, Train
 from vlmtune.config.data import Data, Negatives, Sampling, Source
 from vlmtune.config.learning_rate import LrSegment
-from vlmtune.config.loss import Balance, BoxTerm, ExposureTerm, Loss, ReferringTerm
+from vlmtune.config.loss import Balance, BoxTerm, ConsistencyTerm, ExposureTerm, Loss, ReferringTerm
 from vlmtune.config.plan import Quantise, Rule
 from vlmtune.config.stages import EXPORTED, Chain, Stage, stage_folder
 from vlmtune.config.whole import Config
@@ -230,6 +230,7 @@ def _fields_at(location: tuple) -> list[str]:
         ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
         ("data", "train", "negatives"): Negatives,
         ("loss", "box"): BoxTerm, ("loss", "referring"): ReferringTerm, ("loss", "exposure"): ExposureTerm,
+        ("loss", "consistency"): ConsistencyTerm,
     }  # fmt: skip
     names = tuple(step for step in location if isinstance(step, str))
     model = places.get(names) or places.get(names[:2]) or Config

@@ -97,6 +97,29 @@ class ExposureTerm(Strict):
         return self
 
 
+class ConsistencyTerm(Strict):
+    """Replies should be likelier with their image than with another one."""
+
+    weight: ScheduleValue = Field(0.2, description="weight of the mean over samples; [[progress, weight], …] moves it")
+    by: Literal["margin", "contrast"] = Field(
+        "margin", description="hinge on the difference of mean log-probabilities, or its logistic loss"
+    )
+    margin: float | None = Field(None, gt=0, description="margin: nats per token (default 0.5)")
+    other: Literal["another", "blank"] = Field("another", description="pictures of another sample of the step, or grey")
+    tasks: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        None, description="tasks whose replies have to depend on the image (default: all)"
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> ConsistencyTerm:
+        weights = piecewise(self.weight).values
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError("weight is below 0 at some time, or 0 all the time; leave consistency out")
+        if self.margin is not None and self.by != "margin":
+            raise ValueError(f"margin means nothing with by: {self.by}")
+        return self
+
+
 class Loss(Strict):
     weights: KindWeights = Field(
         default_factory=dict, description="kind of token -> weight, a number or [[progress, weight], …]"
@@ -105,6 +128,7 @@ class Loss(Strict):
     box: BoxTerm | None = Field(None, description="loss of the boxes of replies")
     referring: ReferringTerm | None = Field(None, description="losses of regions that have a mask")
     exposure: ExposureTerm | None = Field(None, description="scheduled sampling inside replies")
+    consistency: ConsistencyTerm | None = Field(None, description="replies that depend on the image")
 
     @model_validator(mode="after")
     def _box_is_read(self) -> Loss:

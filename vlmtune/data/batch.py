@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -46,6 +47,14 @@ def collate(
     return Batch(inputs, kinds, [s.task for s in samples], [s.id for s in samples], regions, images, fillers)
 
 
+def with_contrast(batch: Batch, others: Sequence[Encoded | None], pad_token_id: int) -> Batch:
+    """The micro-batch with its contrast. others: of each row, the same sample with other pictures, or None."""
+    rows = [row for row, other in enumerate(others) if other is not None]
+    if not rows:
+        return batch
+    return replace(batch, contrast=collate([others[row] for row in rows], pad_token_id), contrasted=rows)
+
+
 def _collate_pixels(pixels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenate image tensors over samples.
 
@@ -78,6 +87,10 @@ def tensors_of(micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[
     for number, batch in enumerate(micro_batches):
         tensors |= {f"{number}/inputs/{name}": value for name, value in batch.inputs.items()}
         tensors[f"{number}/kinds"] = batch.kinds
+        contrast = None
+        if batch.contrast is not None:
+            parts, (contrast,) = tensors_of([batch.contrast])
+            tensors |= {f"{number}/contrast/{name}": value for name, value in parts.items()}
         regions = []
         for place, (row, region) in enumerate(batch.regions):
             parts = {name: getattr(region, name) for name in ("box", "patches", "mask")}
@@ -85,8 +98,11 @@ def tensors_of(micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[
             plain = {name: getattr(region, name) for name in ("at", "list_of", "is_answer", "image")}
             regions.append({"row": row, **plain})
         described.append(
-            {"samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions, "fillers": batch.fillers}
-        )
+            {
+                "samples": batch.sample_ids, "tasks": batch.tasks, "regions": regions, "fillers": batch.fillers,
+                "contrast": contrast, "contrasted": batch.contrasted,
+            }
+        )  # fmt: skip
     # cloned: samples of one batch may share memory, which safetensors refuses
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, described
 
@@ -101,6 +117,12 @@ def batches_of(tensors: Mapping[str, Tensor], described: Sequence[Mapping]) -> l
         for place, plain in enumerate(batch["regions"]):
             parts = {name: tensors.get(f"{number}/regions/{place}/{name}") for name in ("box", "patches", "mask")}
             regions.append((plain["row"], Region(**{k: v for k, v in plain.items() if k != "row"}, **parts)))
-        kinds, fillers = tensors[f"{number}/kinds"], batch.get("fillers", 0)  # absent: written before there were any
-        batches.append(Batch(inputs, kinds, batch["tasks"], batch["samples"], regions, fillers=fillers))
+        contrast, begin = batch.get("contrast"), f"{number}/contrast/"
+        if contrast is not None:
+            parts = {name.removeprefix(begin): value for name, value in tensors.items() if name.startswith(begin)}
+            (contrast,) = batches_of(parts, [contrast])
+        # what is absent was written before there were any
+        further = {"fillers": batch.get("fillers", 0), "contrast": contrast, "contrasted": batch.get("contrasted", [])}
+        kinds = tensors[f"{number}/kinds"]
+        batches.append(Batch(inputs, kinds, batch["tasks"], batch["samples"], regions, **further))
     return batches

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlmtune.data.batch import collate
+from vlmtune.data.batch import collate, with_contrast
+from vlmtune.data.contrast import Contrast
 from vlmtune.data.encode import Encoder
 from vlmtune.data.sampling import Order
 from vlmtune.data.share import Share
@@ -46,7 +48,8 @@ class Steps(Dataset):
     """`steps[n]` is the list of micro-batches of optimizer step n; it depends on nothing but n.
 
     share: of one of several processes (None: there is only one); filler: joins micro-batches without an image, where
-    the vision tower has to run in all processes at once; numbered: batches know which samples of the run they have.
+    the vision tower has to run in all processes at once; contrast: which samples come with other pictures too;
+    numbered: batches know which samples of the run they have.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class Steps(Dataset):
         room: Room,
         share: Share | None = None,
         filler: Encoded | None = None,
+        contrast: Contrast | None = None,
         numbered: bool = False,
     ):
         self.sources, self.order, self.encoder, self.numbered = sources, order, encoder, numbered
         self.batch_size, self.room, self.share, self.filler = batch_size, room, share, filler
+        self.contrast = contrast
 
     def __len__(self) -> int:
         return len(self.order) // self.batch_size
@@ -70,23 +75,35 @@ class Steps(Dataset):
         try:
             first = step * self.batch_size
             samples = [self.order[k] for k in range(first, first + self.batch_size)]
-            mine = range(self.batch_size) if self.share is None else self.share.of(samples)
-            encoded = [(first + n, self.encoder.encode(self.sources[samples[n][0]][samples[n][1]])) for n in mine]
+            mine = range(len(samples)) if self.share is None else self.share.of(samples)
+            sample_of = cache(lambda number: self.sources[samples[number][0]][samples[number][1]])
+            encoded = [self.encoder.encode(sample_of(number)) for number in mine]
+            others: list[Encoded | None] = [None] * len(encoded)
+            if self.contrast is not None and self.contrast.weight(step / len(self)) > 0:
+                others = [
+                    self.contrast.encode(number, own, sample_of, len(samples), self.encoder)
+                    for number, own in zip(mine, encoded, strict=True)
+                ]
         except VlmtuneError as error:
             return error  # a worker would wrap it in a traceback; the loader raises it in the main process
         # like lengths share a micro-batch: less padding, same gradient, since a step sums over all of its samples
-        encoded.sort(key=lambda pair: len(pair[1].ids))
-        together = self.room.split([len(sample) for _, sample in encoded])
-        return [self._collated(encoded[part]) for part in together]
+        order = sorted(range(len(encoded)), key=lambda n: len(encoded[n]))
+        together = self.room.split([len(encoded[n]) for n in order])
+        return [
+            self._collated(
+                [encoded[n] for n in order[part]],
+                [others[n] for n in order[part]],
+                [first + mine[n] for n in order[part]],
+            )
+            for part in together
+        ]
 
-    def _collated(self, numbered: list[tuple[int, Encoded]]) -> Batch:
-        samples = [sample for _, sample in numbered]
+    def _collated(self, samples: list[Encoded], others: Sequence[Encoded | None], numbers: list[int]) -> Batch:
         if self.filler is None or any(sample.pixels or sample.images for sample in samples):
-            batch = collate(samples, self.encoder.pad_token_id)
+            batch = with_contrast(collate(samples, self.encoder.pad_token_id), others, self.encoder.pad_token_id)
         else:
             batch = collate([*samples, self.filler], self.encoder.pad_token_id, fillers=1)
-        batch.numbers = [number for number, _ in numbered] if self.numbered else []
-        return batch
+        return replace(batch, numbers=numbers if self.numbered else [])
 
 
 def start_worker(worker: int) -> None:

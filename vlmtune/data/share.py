@@ -16,8 +16,8 @@ class Share:
     lengths: Sequence[Callable[[int], int] | None]
 
     def of(self, samples: Sequence[tuple[int, int]]) -> list[int]:
-        """Places of its own among the samples of a whole step. samples: (source, row), at least as many as processes.
-        A pure function, the same in all of them: nobody has to say who takes what."""
+        """Numbers of this process's samples. samples: (source, row) of a whole step, at least as many as processes. A
+        pure function, the same in all of them: nobody has to say who takes what."""
         costs = [None if (length := self.lengths[source]) is None else length(row) for source, row in samples]
         known = [cost for cost in costs if cost is not None]
         usual = sum(known) / len(known) if known else 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmtune.losses.balance import Balance, ByTokens
+from vlmtune.losses.consistency import NAME, Consistency
 from vlmtune.losses.exposure import Exposure
 from vlmtune.losses.language import token_cross_entropy
 from vlmtune.losses.weights import TokenWeights
@@ -23,7 +24,8 @@ class StepWeights:
 
     kinds: float32[len(Kind)], the weight of every kind of token at this progress; tasks: sum of token weights of each
     task; tokens: how many tokens carry loss, by task; micro_batches: how many there are; counts: what each further term
-    is a mean over, by its name; exposure: the probability that a token of a reply is read as the model predicts it.
+    is a mean over, by its name; exposure: the probability that a token of a reply is read as the model predicts it;
+    consistency: the weight of the loss of that name.
     """
 
     kinds: Tensor
@@ -32,6 +34,7 @@ class StepWeights:
     micro_batches: int
     counts: dict[str, int] = field(default_factory=dict)
     exposure: float = 0.0
+    consistency: float = 0.0
 
     def counted(self) -> dict[str, Any]:
         """What was counted, as JSON values."""
@@ -93,7 +96,8 @@ class Objective(nn.Module):
 
     weights: of tokens, by kind; balance: how the mean losses of tasks become one number (default: every token counts
     the same, whatever its task); terms: are added, each as the mean over what it counts in the step; exposure: what
-    is read of replies (default: the replies). What a balance learns is a parameter of this module.
+    is read of replies (default: the replies); consistency: of replies and images, also added. What a balance learns is
+    a parameter of this module.
     """
 
     def __init__(
@@ -102,11 +106,12 @@ class Objective(nn.Module):
         balance: Balance | None = None,
         terms: Sequence[Term] = (),
         exposure: Exposure | None = None,
+        consistency: Consistency | None = None,
     ):
         super().__init__()
         self.token_weights = weights or TokenWeights()
         self.balance = balance or ByTokens()
-        self.terms, self.exposure = nn.ModuleList(terms), exposure
+        self.terms, self.exposure, self.consistency = nn.ModuleList(terms), exposure, consistency
 
     def optimizer_groups(self, lr: float) -> list[dict]:
         """Groups for the optimizer of what the balance learns; empty where it learns nothing. Never decayed."""
@@ -129,17 +134,31 @@ class Objective(nn.Module):
                 tokens[task] += count
         counts = {term.name: sum(term.count(batch) for batch in micro_batches) for term in self.terms}
         exposure = 0.0 if self.exposure is None else self.exposure.rate(progress)
-        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches), counts, exposure)
+        consistency = 0.0
+        if self.consistency is not None:
+            consistency = self.consistency.weight(progress)
+            counts[NAME] = sum(self.consistency.count(batch) for batch in micro_batches)
+        return StepWeights(kinds, dict(sums), dict(tokens), len(micro_batches), counts, exposure, consistency)
 
     def read(self, vlm: nn.Module, batch: Batch, step: StepWeights) -> Tensor | None:
         """int64[B, T]: what the model reads in place of the ids of this micro-batch; None: those."""
         return None if self.exposure is None else self.exposure.inputs(vlm, batch, step.exposure)
 
+    def reads_contrast(self, batch: Batch, step: StepWeights) -> bool:
+        """Whether `forward` wants the states of `batch.contrast`."""
+        return step.consistency > 0 and batch.contrast is not None
+
     def forward(
-        self, states, head: nn.Module, batch: Batch, step: StepWeights, readouts: nn.ModuleDict | None = None
+        self,
+        states,
+        head: nn.Module,
+        batch: Batch,
+        step: StepWeights,
+        readouts: nn.ModuleDict | None = None,
+        contrast=None,
     ) -> Losses:
         """states: `models.vlm.Supervised` of this micro-batch, made with `step.kinds`; head: of the language; readouts:
-        `heads` of the model."""
+        `heads` of the model; contrast: states of `batch.contrast`, where they are wanted."""
         losses = token_cross_entropy(states.hidden, head, states.targets)
         names = sorted({task for task in batch.tasks if step.tasks[task] > 0})
         index = torch.tensor([names.index(t) if t in names else 0 for t in batch.tasks])
@@ -157,6 +176,12 @@ class Objective(nn.Module):
             for name, value in term(states, head, readouts, batch, carries).items():
                 mean = value / step.counts[term.name]
                 total, terms[name] = total + mean, mean.detach()
+        if contrast is not None:
+            other = token_cross_entropy(contrast.hidden, head, contrast.targets)
+            costs, gained = self.consistency(losses, states, other, contrast, batch)
+            mean = step.consistency * costs / step.counts[NAME]
+            total, terms[NAME] = total + mean, mean.detach()
+            terms[f"{NAME}/gain"] = gained / step.counts[NAME]
         if readouts is not None:  # a micro-batch without regions reaches the heads too
             total = total + 0.0 * sum(parameter.sum() for parameter in readouts.parameters())
         plain_tasks = {name: plain[n] / step.tokens[name] for n, name in enumerate(names)}

@@ -55,6 +55,8 @@ def _further(objective: Objective, samples: Sequence[Encoded]) -> list[str]:
     if (exposure := objective.exposure) is not None:
         rates = [f"{exposure.rate(progress):.0%} at {progress:.0%}" for progress in (0.0, 0.5, 1.0)]
         lines.append(f"tokens of replies read as the model predicts them: {', '.join(rates)} of training")
+    if objective.consistency is not None:
+        lines.append(objective.consistency.described(schedule_text(objective.consistency.weight)))
     return lines
 
 
