@@ -4,7 +4,7 @@
     python benchmarks/next/together.py --record              # also writes together.json and together.md here
     python benchmarks/next/together.py --from together.json
 
-All eight combinations of the three, each with its defaults, on the data of `active.py` without noise: 240 rows of two
+All eight combinations of the three on the data of `active.py` without noise: 240 rows of two
 tasks, four of five about concepts that the embedded model knows. An effect is the mean difference between runs with
 and without an idea, over the four combinations of the others; an interplay of two is by how much the effect of one is
 larger where the other is on. Both are paired by seed.
@@ -30,7 +30,8 @@ DRAFT = HERE / ".together.json"  # a study that was interrupted goes on where it
 SEEDS = (0, 1, 2)
 STEPS, EVERY = 64, 8
 IDEAS = {
-    "complexity": {"data": {"complexity": {}}},
+    # the measure that `complexity.py` chose first: the default merges none of these pictures
+    "complexity": {"data": {"complexity": {"measure": "detail", "simple": 0.27}}},
     "active": {"data": {"sampling": {"by": "active", "every": EVERY}}},
     "consistency": {"loss": {"consistency": {}}},
 }

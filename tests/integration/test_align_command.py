@@ -105,6 +105,7 @@ def test_rows_of_ones_own(write_config, vlmtune, tmp_path, coloured):
     assert "30 questions" in record["too_few"]["scene"] and "without a level" not in record["left_out"]
 
 
+@pytest.mark.slow
 def test_a_chain_from_the_first_base_to_the_last_stage(chain, vlmtune, tmp_path):
     """Its middle stage trains everything but the tower: against the base of the last stage nothing would show."""
     assert vlmtune("train", chain("chain"))[0] == 0

@@ -163,6 +163,7 @@ def batchnorm_plan(mode: str) -> list[dict]:
             *(rule for rule in PLAN if rule["match"] not in ("vision", "lm_head"))]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_batchnorm_modes_from_a_config(trained, write_config, vlmtune):
     """On the embedded tower: a warning by default; frozen and sync do what they say, and differ."""
     losses = {}

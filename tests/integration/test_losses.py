@@ -57,6 +57,7 @@ def test_a_balance_moves_weights_is_logged_and_resumes_exactly(by, write_config,
     assert [r["task_weights"] for r in read_history(run / "history.jsonl")] == weights
 
 
+@pytest.mark.slow
 def test_balances_train_to_different_weights(write_config, vlmtune):
     ends = {}
     for by, wish in BALANCES.items():

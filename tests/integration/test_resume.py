@@ -116,7 +116,13 @@ def die_before(call: int, monkeypatch) -> None:
     monkeypatch.setattr(Path, "symlink_to", counted(Path.symlink_to))
 
 
-@pytest.mark.parametrize("step", [3, 2], ids=["a new step, the oldest is deleted", "a step that is there is replaced"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(3, id="a new step, the oldest is deleted"),
+        pytest.param(2, id="a step that is there is replaced", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_before_each_file_operation_of_a_save(step, saved, monkeypatch, tmp_path):
     """Whatever the moment, the newest checkpoint is whole: it loads, and the next save works and leaves no litter."""
     trainer, folder = saved.trainer, tmp_path / "checkpoints"

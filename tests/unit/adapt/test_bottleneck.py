@@ -23,6 +23,7 @@ from adapter_setup import (
 )
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import PeftType
+from sizes_of_tests import by_default
 from torch import nn
 
 from vlmtune.adapt import extension
@@ -85,7 +86,7 @@ def test_switched_off_is_the_base_model(name, case):
     check_off_is_base(case(name), config_of("sequential"))
 
 
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("mode", by_default(["parallel"], ["sequential", "parallel"]))
 def test_saved_is_loaded(family, mode, case, tmp_path):
     expected = check_save_and_load(case(family), config_of(mode, scale=0.5, activation="silu"), tmp_path)
     if family == "llava" and mode == "parallel":

@@ -70,6 +70,7 @@ def test_every_choice_has_a_reason(seven_billion):
     assert seven_billion.config["quantise"] == {"double": True}
 
 
+@pytest.mark.slow
 def test_arithmetic_is_below_every_prediction(config):
     """What is out by arithmetic would be out by prediction too."""
     decision = decide(config, GIB, "quality", SHAPE, "cpu")

@@ -24,6 +24,7 @@ from adapter_setup import (
     tuner_layers,
 )
 from peft import get_peft_model
+from sizes_of_tests import by_default
 from torch import nn
 
 from vlmtune.adapt.prefix import PrefixConfig, PrefixLayer
@@ -79,7 +80,7 @@ def test_switched_off_is_the_base_model(name, case):
     check_off_is_base(case(name), config_of())
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", by_default([True], [True, False]))
 def test_saved_is_loaded(family, gated, case, tmp_path):
     expected = check_save_and_load(case(family), config_of(gated), tmp_path)
     if family == "qwen2_5_vl" and gated:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sizes_of_tests import by_default
 from torch import Tensor, nn
 
 from vlmtune.errors import VlmtuneError
@@ -230,7 +231,7 @@ def _toy(balanced: bool, seed: int, steps: int = 500) -> tuple[list[float], list
     return relative, balance.weights.tolist(), norms[1] / norms[0]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", by_default([0], range(3)))
 def test_gradnorm_on_the_toy_of_its_paper(seed):
     """Tasks of scale 1 and 10: with equal weights the small one stays behind, with GradNorm both losses fall together.
 
