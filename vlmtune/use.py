@@ -115,6 +115,9 @@ def evaluate_run(run: Path, checkpoint: str, console: Console) -> dict:
     if not groups:
         raise VlmtuneError(f"{run}: its config has no data.eval, so there is nothing to evaluate on.")
     place(loaded.model, best_device())
+    trained = resolve_precision(loaded.config.train.precision, best_device())
+    if trained != loaded.precision:
+        console.print(f"computed in {loaded.precision}; the run's own evaluations were in {trained}, which rounds more")
     with CountingBar(console) as bar:
         groups = fit_data(loaded.config, loaded.encoder, [], groups, bar).groups
     wish = loaded.config.evaluate

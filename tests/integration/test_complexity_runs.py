@@ -104,3 +104,16 @@ def test_what_cannot_be_merged_is_refused_before_the_run(vlmtune, write_config, 
     code, out, err = vlmtune("train", config)
     assert code != 0 and "simple 0.4 and complex 0.3 are not in order" in " ".join(err.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("data.complexity={measure: none, least: 0.1}", "least means nothing with measure: none"),
+        ("data.complexity={leest: 0.2}", "unknown key data.complexity.leest (did you mean least?)"),
+        ("data.complexity=true", "data.complexity is a section: write its keys, or {} for its defaults"),
+    ],
+)
+def test_wrong_wishes_are_refused_with_the_remedy(write_config, vlmtune, override, complaint):
+    code, _, err = vlmtune("train", write_config("run", 4), override)
+    assert code == 1 and complaint in " ".join(err.split())

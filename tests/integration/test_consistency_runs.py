@@ -19,9 +19,7 @@ def test_a_run_logs_it_and_resumes_exactly(write_config, vlmtune):
     config = write_config("run", 12, loss=wish, checkpoint={"every": 4, "keep": 5})
     code, out, err = vlmtune("train", config)
     assert (code, err) == (0, "")
-    assert "+ 0, 2 from 25% x consistency: replies likelier with their picture than with another" in " ".join(
-        out.split()
-    )
+    assert "+ 0, 2 from 25% x consistency: replies likelier with their picture than with one" in " ".join(out.split())
     run = Path(yaml.safe_load(config.read_text())["run"])
     rows = [record for record in read_history(run / "history.jsonl") if record["kind"] == "train"]
     terms = [record["loss_terms"] for record in rows]

@@ -130,6 +130,10 @@ class Complexity(Strict):
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> Complexity:
+        fields = type(self).model_fields  # compared with defaults: a config that was written out names all of them
+        idle = [name for name in ("least", "simple", "complex") if getattr(self, name) != fields[name].default]
+        if self.measure == "none" and idle:
+            raise ValueError(f"{', '.join(idle)} means nothing with measure: none")
         try:
             _ = self.rule
         except VlmtuneError as error:

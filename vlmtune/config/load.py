@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from vlmtune.config.course import Checkpoint, Evaluate, Optim, Stability, Train
-from vlmtune.config.data import Data, Negatives, Sampling, Source
+from vlmtune.config.data import Complexity, Data, Negatives, Sampling, Source
 from vlmtune.config.learning_rate import LrSegment
 from vlmtune.config.loss import Balance, BoxTerm, ConsistencyTerm, ExposureTerm, Loss, ReferringTerm
 from vlmtune.config.plan import Quantise, Rule
@@ -214,6 +214,8 @@ def _complaint(error: Any) -> str:
         return f"unknown key {place}" + (f" (did you mean {near}?)" if near else f" (known: {', '.join(known)})")
     if error["type"] == "missing":
         return f"{place} is required"
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type") and place:
+        return f"{place} is a section: write its keys, or {{}} for its defaults (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
     return f"{place or 'config'}: {message[0].lower() + message[1:]}" + (
         f" (got {error['input']!r})" if isinstance(error["input"], (str, int, float)) else ""
@@ -227,7 +229,8 @@ def _fields_at(location: tuple) -> list[str]:
         ("quantise",): Quantise, ("stability",): Stability, ("optim", "schedule"): LrSegment,
         ("plan", "schedule"): LrSegment, ("stages",): Stage, ("checkpoint",): Checkpoint, ("evaluate",): Evaluate,
         ("data", "train"): Source, ("data", "eval"): Source,
-        ("data", "sampling"): Sampling, ("loss",): Loss, ("loss", "balance"): Balance,
+        ("data", "sampling"): Sampling, ("data", "complexity"): Complexity,
+        ("loss",): Loss, ("loss", "balance"): Balance,
         ("data", "train", "negatives"): Negatives,
         ("loss", "box"): BoxTerm, ("loss", "referring"): ReferringTerm, ("loss", "exposure"): ExposureTerm,
         ("loss", "consistency"): ConsistencyTerm,

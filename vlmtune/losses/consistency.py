@@ -31,7 +31,7 @@ class Consistency:
 
     def described(self, weight: str) -> str:
         how = f"by at least {self.margin:g} nats a token" if self.by == "margin" else "in doubt between the two"
-        return f"+ {weight} x consistency: replies likelier with their picture than with another, {how}"
+        return f"+ {weight} x consistency: replies likelier with their picture than with one that is not theirs, {how}"
 
     def count(self, batch: Batch) -> int:
         """Samples that are read with another picture too."""
