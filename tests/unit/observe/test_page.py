@@ -210,7 +210,7 @@ def test_what_sampling_shifted_to_and_its_suspects(tmp_path):
     )  # fmt: skip
     html = write_page(tmp_path).read_text(encoding="utf-8")
     assert_harmless(html)
-    assert "42 % of the newest draws" in html and "50.0% → <b>75.0%</b>" in html and "2 → <b>1.5</b>" in html
+    assert "42 % of what was drawn last" in html and "50.0% → <b>75.0%</b>" in html and "2 → <b>1.5</b>" in html
     assert "50% → <b>50%</b>" in html and "0.00 → <b>0.12</b>" in html and "25% → <b>75%</b>" in html, (
         "known, first and last that were told"
     )
