@@ -349,13 +349,17 @@ class FirstRows(list):
 
 
 def test_a_rule_that_changes_nothing_is_remarked_on(encoders):
-    def finding(*images: Image.Image):
+    def finding(*images: Image.Image, is_the_models: bool = False):
         rows = FirstRows((0, n) for n in range(len(images)))
         return _complexity_finding(
-            SimpleNamespace(order=rows, sources=[[asked(image) for image in images]], encoder=encoders["llava"])
+            SimpleNamespace(order=rows, sources=[[asked(image) for image in images]], encoder=encoders["llava"]),
+            is_the_models,
         )
 
     assert finding(FLAT, noise(64, 64)).level == finding().level == "pass"
     nothing = finding(noise(64, 64), noise(64, 64, seed=1))
     assert nothing.level == "warn" and "0 of the first 2 images" in nothing.evidence
-    assert "raise data.complexity.simple" in nothing.remedy
+    assert "raise data.complexity.simple (a quarter of these images are below 0." in nothing.remedy
+    assert "leave data.complexity out" in nothing.remedy
+    theirs = finding(noise(64, 64), is_the_models=True)
+    assert "came with the model" in theirs.evidence and "measure to none" in theirs.remedy
