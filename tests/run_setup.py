@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -58,3 +59,16 @@ def numbers(record: dict) -> dict:
     """A line of history without times and memory."""
     timed = ("seconds", "data_wait", "per_second", "memory")
     return {key: value for key, value in record.items() if not key.endswith(timed)}
+
+
+def sampled_data(rows: Path, wish: dict, workers: int = 0, **source) -> dict:
+    """The data section of a run on one file. wish: data.sampling; source: further fields of the file's entry."""
+    return {"train": [{"path": str(rows), **source}], "sampling": wish, "workers": workers}
+
+
+def run_of(config: Path) -> Path:
+    return Path(yaml.safe_load(config.read_text())["run"])
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / "latest" / "trained.safetensors")

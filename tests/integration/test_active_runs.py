@@ -8,26 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from processes_setup import together, train_together
+from run_setup import run_of, sampled_data, trained
 from safetensors.torch import load_file
 
 from vlmtune.checkpoint import copy_weights
 from vlmtune.observe.log import read_history
 
 ACTIVE = {"by": "active", "every": 2, "floor": 0.3}
-
-
-def data(rows: Path, wish: dict, workers: int = 0, **source) -> dict:
-    return {"train": [{"path": str(rows), **source}], "sampling": wish, "workers": workers}
-
-
-def run_of(config: Path) -> Path:
-    return Path(yaml.safe_load(config.read_text())["run"])
-
-
-def trained(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "latest" / "trained.safetensors")
 
 
 def train_records(run: Path) -> list[dict]:
@@ -40,7 +28,9 @@ def timeless(records: list[dict]) -> list[dict]:
 
 def test_a_run_is_drawn_recorded_and_resumed_exactly(rows, write_config, vlmtune):
     """Checkpoints are written in the background: what is in them is of their moment."""
-    config = write_config("run", 9, data=data(rows, ACTIVE), checkpoint={"every": 1, "keep": 9, "background": True})
+    config = write_config(
+        "run", 9, data=sampled_data(rows, ACTIVE), checkpoint={"every": 1, "keep": 9, "background": True}
+    )
     code, out, err = vlmtune("train", config)
     assert (code, err) == (0, "")
     assert "sampling: active by loss, 30 % uniform, new shares every 2 steps; 3.0 draws for each of 12 rows" in out
@@ -72,7 +62,7 @@ def test_a_run_is_drawn_recorded_and_resumed_exactly(rows, write_config, vlmtune
 def test_workers_change_nothing_although_they_prepare_ahead(rows, write_config, vlmtune):
     ends = []
     for workers in (0, 2):
-        config = write_config(f"with{workers}", 6, data=data(rows, ACTIVE, workers))
+        config = write_config(f"with{workers}", 6, data=sampled_data(rows, ACTIVE, workers))
         assert vlmtune("train", config)[0] == 0
         ends.append(trained(run_of(config)))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -100,7 +90,7 @@ def test_a_run_that_goes_back_draws_what_it_drew(rows, write_config, vlmtune, mo
     monkeypatch.setattr(ActiveOrder, "observe", listening)
     monkeypatch.setattr(Trainer, "train_step", breaking)
     config = write_config(
-        "run", 8, data=data(rows, ACTIVE), checkpoint={"every": 3},
+        "run", 8, data=sampled_data(rows, ACTIVE), checkpoint={"every": 3},
         stability={"nonfinite": "rewind", "spikes": "warn", "limit": 3},
     )  # fmt: skip
     assert vlmtune("train", config)[0] == 0
@@ -117,7 +107,7 @@ def test_two_processes_draw_what_one_draws(rows, write_config, tmp_path):
     told = []
     for size, shard in ((1, False), (2, False), (2, True)):
         name, train = f"of{size}{shard}", {"length": 6, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
-        config = write_config(name, 6, data=data(rows, ACTIVE), train=train | {"log_every": 1, "shard": shard})
+        config = write_config(name, 6, data=sampled_data(rows, ACTIVE), train=train | {"log_every": 1, "shard": shard})
         said = train_together(size, tmp_path / f"said{name}", config)
         assert all(isinstance(summary, dict) for summary in said), said
         run = run_of(config)
@@ -150,7 +140,7 @@ def test_every_process_observes_the_samples_of_all(rows, tmp_path):
     ],
 )
 def test_options_that_cannot_be_are_refused(wish, source, complaint, rows, write_config, vlmtune):
-    config = write_config("run", 4, data=data(rows, wish, **source))
+    config = write_config("run", 4, data=sampled_data(rows, wish, **source))
     code, _, err = vlmtune("train", config)
     assert code == 1 and complaint in err.replace("\n", " ") and "Traceback" not in err
     assert not run_of(config).exists()

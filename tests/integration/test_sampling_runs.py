@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
+from run_setup import run_of, sampled_data, trained
 
 from vlmtune.observe.log import read_history
 
@@ -19,21 +17,9 @@ SAMPLING = {
 }
 
 
-def data(rows: Path, wish: dict, workers: int = 0, **source) -> dict:
-    return {"train": [{"path": str(rows), **source}], "sampling": wish, "workers": workers}
-
-
-def run_of(config: Path) -> Path:
-    return Path(yaml.safe_load(config.read_text())["run"])
-
-
-def trained(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "latest" / "trained.safetensors")
-
-
 @pytest.mark.parametrize("by", SAMPLING)
 def test_a_run_draws_as_asked_and_resumes_exactly(by, rows, write_config, vlmtune):
-    config = write_config("run", 6, data=data(rows, SAMPLING[by]), checkpoint={"every": 1, "keep": 9})
+    config = write_config("run", 6, data=sampled_data(rows, SAMPLING[by]), checkpoint={"every": 1, "keep": 9})
     code, out, err = vlmtune("train", config)
     assert (code, err) == (0, "") and "what the loss counts" in out
     run = run_of(config)
@@ -61,14 +47,16 @@ def test_a_run_draws_as_asked_and_resumes_exactly(by, rows, write_config, vlmtun
 def test_workers_change_nothing_although_they_prepare_ahead(rows, write_config, vlmtune):
     ends = []
     for workers in (0, 2):
-        config = write_config(f"with{workers}", 6, data=data(rows, SAMPLING["temperature"], workers))
+        config = write_config(f"with{workers}", 6, data=sampled_data(rows, SAMPLING["temperature"], workers))
         assert vlmtune("train", config)[0] == 0
         ends.append(trained(run_of(config)))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_it_composes_with_a_balance_and_accumulation(rows, write_config, vlmtune):
-    config = write_config("run", 4, data=data(rows, SAMPLING["temperature"]), loss={"balance": {"by": "uncertainty"}})
+    config = write_config(
+        "run", 4, data=sampled_data(rows, SAMPLING["temperature"]), loss={"balance": {"by": "uncertainty"}}
+    )
     assert vlmtune("train", config)[0] == 0
     last = read_history(run_of(config) / "history.jsonl")[-1]
     assert set(last["task_shares"]) == set(last["task_weights"]) == {"caption", "vqa"}
@@ -86,7 +74,7 @@ def test_it_composes_with_a_balance_and_accumulation(rows, write_config, vlmtune
     ],
 )
 def test_sampling_that_cannot_be_is_refused(rows, write_config, vlmtune, wish, source, complaint):
-    config = write_config("run", 4, data=data(rows, wish, **source))
+    config = write_config("run", 4, data=sampled_data(rows, wish, **source))
     code, _, err = vlmtune("train", config)
     assert code == 1 and complaint in err.replace("\n", " ") and "Traceback" not in err
     assert not run_of(config).exists()
@@ -94,7 +82,10 @@ def test_sampling_that_cannot_be_is_refused(rows, write_config, vlmtune, wish, s
 
 def test_a_batch_too_small_for_all_tasks_is_refused(rows, write_config, vlmtune):
     config = write_config(
-        "run", 4, data=data(rows, SAMPLING["every_task"]), train={"length": 4, "batch_size": 1, "micro_batch_size": 1}
+        "run",
+        4,
+        data=sampled_data(rows, SAMPLING["every_task"]),
+        train={"length": 4, "batch_size": 1, "micro_batch_size": 1},
     )
     code, _, err = vlmtune("train", config)
     assert code == 1 and "a batch of 1 cannot hold 2 tasks" in err.replace("\n", " ")

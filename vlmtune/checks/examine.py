@@ -44,9 +44,8 @@ def pictures_of(batch: Batch, image_token_ids: Collection[int]) -> list[Picture]
     """The images of a micro-batch, each with the sample whose placeholders it fills.
 
     Placeholders go by size: the number of patches where images are lists of patches, else every tile has as many, or a
-    share of them where squares of tokens are merged. Where
-    a row of tiles belongs to a sample (the SmolVLM family), tiles that are all zero are padding. The sample is "?" if
-    placeholders and images do not fit together.
+    share of them where squares of tokens are merged. Where a row of tiles belongs to a sample (the SmolVLM family),
+    tiles that are all zero are padding. The sample is "?" if placeholders and images do not fit together.
     """
     values = batch.inputs.get("pixel_values")
     if values is None:

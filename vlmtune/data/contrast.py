@@ -37,7 +37,8 @@ class Contrast:
 
         own: the sample as it is trained; sample_of: of the step, by number. Another sample's pictures are those of the
         next one, in the order of the step, that has different pictures and another reply: with the same reply nothing
-        would be wrong with them. A pure function of the step, the same in every process.
+        would be wrong with them. A pure function of the step, the same in every process. Raises VlmtuneError for a
+        sample or picture that cannot be read.
         """
         sample = sample_of(number)
         if not sample.images or (self.tasks is not None and sample.task not in self.tasks):
@@ -45,27 +46,26 @@ class Contrast:
         sizes = [(geometry.width, geometry.height) for geometry in own.geometry]
         free = encoder.without_limit()  # another picture may be worth more tokens
         if self.other == "blank":
-            return free.encode(sample, [Image.new("RGB", size, GREY) for size in sizes])
+            return free.encode(sample, [Image.new("RGB", pixels, GREY) for pixels in sizes])
         other = self._partner(number, sample_of, size)
         if other is None:
             return None
         pictures = [load_image(reference.source, f"{other.origin} (sample {other.id})") for reference in other.images]
         there = [pictures[n % len(pictures)] for n in range(len(sizes))]
-        return free.encode(sample, [image.resize(size) for image, size in zip(there, sizes, strict=True)])
+        return free.encode(sample, [image.resize(pixels) for image, pixels in zip(there, sizes, strict=True)])
 
     @staticmethod
     def _partner(number: int, sample_of: Callable[[int], Sample], size: int) -> Sample | None:
         sample = sample_of(number)
-        seen, said = _pictures(sample), replies(sample)
+        seen, said = _pictures(sample), _replies(sample)
         for step in range(1, size):
             other = sample_of((number + step) % size)
-            if other.images and _pictures(other) != seen and replies(other) != said:
+            if other.images and _pictures(other) != seen and _replies(other) != said:
                 return other
         return None
 
 
-def replies(sample: Sample) -> list[tuple[Part, ...]]:
-    """What the assistant says in it."""
+def _replies(sample: Sample) -> list[tuple[Part, ...]]:
     return [turn.parts for turn in sample.turns if turn.role == "assistant"]
 
 

@@ -47,7 +47,7 @@ class Consistency:
         """
         own = reply_means(losses, states, len(batch.kinds))
         other = reply_means(other_losses, other_states, len(batch.contrasted))
-        rows = torch.tensor(batch.contrasted, device=own.device)
+        rows = torch.tensor(batch.contrasted).to(own.device, non_blocking=True)
         gained = other - own[rows]  # losses are negative logarithms
         costs = F.relu(self.margin - gained) if self.by == "margin" else F.softplus(-gained)
         return costs.sum(), gained.detach().sum()
@@ -55,8 +55,7 @@ class Consistency:
 
 def reply_means(losses: Tensor, states, rows: int) -> Tensor:
     """float32[rows]: mean loss of the tokens of replies, 0 for a row without any. losses: float32[N], of `states`."""
-    carries = supervised_mask(states.kinds)
-    row = states.row[carries]
-    counts = torch.zeros(rows, device=losses.device).index_add(0, row, torch.ones_like(losses[carries]))
-    sums = torch.zeros(rows, device=losses.device).index_add(0, row, losses[carries])
-    return sums / counts.clamp(min=1.0)
+    carries = supervised_mask(states.kinds).to(losses.dtype)  # multiplied, not selected: the device is not waited for
+    zeros = losses.new_zeros(rows)
+    counts = zeros.index_add(0, states.row, carries)
+    return zeros.index_add(0, states.row, losses * carries) / counts.clamp(min=1.0)
