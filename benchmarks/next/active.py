@@ -12,7 +12,6 @@ Arms differ in `data.sampling` and in nothing else; "loss, no guard" chases susp
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -23,6 +22,8 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from random import Random
+
+from study import results_of
 
 from vlmtune.evaluate.intervals import t_interval
 
@@ -220,31 +221,23 @@ def wanted() -> list[tuple[str, float, int]]:
     return [(*pair, seed) for pair in pairs if pair not in LEFT_OUT for seed in SEEDS]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--from", dest="recorded", type=Path)
-    options = parser.parse_args()
-    if options.recorded:
-        results = json.loads(options.recorded.read_text())["results"]
-    else:
-        import torch
+def told(result: dict) -> str:
+    ends = ", ".join(f"{group} {curve[-1][1]:.3f}" for group, curve in result["curves"].items())
+    return (
+        f"{result['arm']}, {result['noise']:.0%}, seed {result['seed']}: {ends}, suspects "
+        f"{result['right']}/{result['suspects']} of {result['wrong']}, {result['cpu_seconds']:.0f} CPU-s"
+    )
 
-        torch.set_num_threads(1)
-        results = json.loads(DRAFT.read_text()) if DRAFT.exists() else []
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["VLMTUNE_CACHE"] = cache
-            for arm, noise, seed in wanted():
-                if picked(results, arm=arm, noise=noise, seed=seed):
-                    continue
-                results.append(one_run(arm, noise, seed))
-                last = results[-1]
-                ends = ", ".join(f"{group} {curve[-1][1]:.3f}" for group, curve in last["curves"].items())
-                print(f"{arm}, {noise:.0%}, seed {seed}: {ends}, suspects {last['right']}/{last['suspects']} of "
-                      f"{last['wrong']}, {last['cpu_seconds']:.0f} CPU-s", flush=True)  # fmt: skip
-                DRAFT.write_text(json.dumps(results))
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["VLMTUNE_CACHE"] = cache
+        results, is_recorded = results_of(
+            __doc__, DRAFT, wanted(), one_run,
+            lambda r, arm, noise, seed: (r["arm"], r["noise"], r["seed"]) == (arm, noise, seed), told,
+        )  # fmt: skip
     print(f"\n{tables(results)}")
-    if options.record:
+    if is_recorded:
         described = {
             "date": str(date.today()), "steps": STEPS, "batch": BATCH, "every": EVERY, "old": OLD, "new": NEW,
             "names": NAMES, "held_out": HELD_OUT, "results": results,

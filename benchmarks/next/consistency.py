@@ -14,7 +14,6 @@ is there, recall the share of what is there that is named.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -23,6 +22,8 @@ import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+
+from study import results_of
 
 from vlmtune.evaluate.intervals import t_interval
 
@@ -230,29 +231,20 @@ def report(results: list[dict]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--from", dest="recorded", type=Path)
-    options = parser.parse_args()
-    if options.recorded:
-        results = json.loads(options.recorded.read_text())["results"]
-    else:
-        import torch
+def told(result: dict) -> str:
+    return (
+        f"{result['arm']}, seed {result['seed']}: {result['seeing']}, blind {result['blind']['accuracy']:.2f}, "
+        f"{result['cpu_seconds']:.0f} CPU-s"
+    )
 
-        torch.set_num_threads(1)
-        results = json.loads(DRAFT.read_text()) if DRAFT.exists() else []
-        for seed in SEEDS:
-            for arm in ARMS:
-                if any((r["arm"], r["seed"]) == (arm, seed) for r in results):
-                    continue
-                results.append(one_run(arm, seed))
-                last = results[-1]
-                print(f"{arm}, seed {seed}: {last['seeing']}, blind {last['blind']['accuracy']:.2f}, "
-                      f"{last['cpu_seconds']:.0f} CPU-s", flush=True)  # fmt: skip
-                DRAFT.write_text(json.dumps(results))
+
+def main() -> None:
+    wanted = [(arm, seed) for seed in SEEDS for arm in ARMS]
+    results, is_recorded = results_of(
+        __doc__, DRAFT, wanted, one_run, lambda r, arm, seed: (r["arm"], r["seed"]) == (arm, seed), told
+    )
     print(f"\n{report(results)}")
-    if options.record:
+    if is_recorded:
         described = {"date": str(date.today()), "steps": STEPS, "batch": BATCH, "arms": ARMS, "results": results}
         (HERE / "consistency.json").write_text(json.dumps(described, indent=1))
         (HERE / "consistency.md").write_text(

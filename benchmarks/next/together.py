@@ -12,7 +12,6 @@ larger where the other is on. Both are paired by seed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 from active import BATCH, PLAN, write_data
+from study import results_of
 
 from vlmtune.evaluate.intervals import t_interval
 
@@ -152,28 +152,20 @@ def report(results: list[dict]) -> str:
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--from", dest="recorded", type=Path)
-    options = parser.parse_args()
-    if options.recorded:
-        results = json.loads(options.recorded.read_text())["results"]
-    else:
-        import torch
+def told(result: dict) -> str:
+    return (
+        f"{', '.join(result['arm']) or 'none'}, seed {result['seed']}: {result['losses']}, "
+        f"{result['image_tokens']:.1f} tokens, {result['cpu_seconds']:.0f} CPU-s"
+    )
 
-        torch.set_num_threads(1)
-        results = json.loads(DRAFT.read_text()) if DRAFT.exists() else []
-        for seed, arm in product(SEEDS, ARMS):
-            if any((tuple(r["arm"]), r["seed"]) == (arm, seed) for r in results):
-                continue
-            results.append(one_run(arm, seed))
-            last = results[-1]
-            print(f"{', '.join(arm) or 'none'}, seed {seed}: {last['losses']}, {last['image_tokens']:.1f} tokens, "
-                  f"{last['cpu_seconds']:.0f} CPU-s", flush=True)  # fmt: skip
-            DRAFT.write_text(json.dumps(results))
+
+def main() -> None:
+    wanted = [(arm, seed) for seed, arm in product(SEEDS, ARMS)]
+    results, is_recorded = results_of(
+        __doc__, DRAFT, wanted, one_run, lambda r, arm, seed: (tuple(r["arm"]), r["seed"]) == (arm, seed), told
+    )
     print(f"\n{report(results)}")
-    if options.record:
+    if is_recorded:
         described = {"date": str(date.today()), "steps": STEPS, "batch": BATCH, "results": results}
         (HERE / "together.json").write_text(json.dumps(described))
         (HERE / "together.md").write_text(
